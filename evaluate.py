@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from rewards import fail, final_answers, is_correct, load_problems, read, suffix_of
-from train import Policy, Sample, readable, reference_logps
+from train import Policy, Sample, by_token, readable
 from vstar import (
     RANK,
     Completion,
@@ -136,7 +136,7 @@ def divergence(rows, model, args, tokenizer, device):
     for name in (model, args.reference):
         args.model = name
         policy = Policy(load_model(args, device, getattr(torch, args.dtype)))
-        logps.append(reference_logps(policy, samples, args, device).double().cpu())
+        logps.append(by_token(policy, samples, args, device).sum(-1).double().cpu())
         del policy
     ratio = (logps[0] - logps[1]).numpy()
     per_problem = ratio.reshape(len(rows), -1).mean(1)

@@ -697,9 +697,9 @@ def test_loss_is_zero_at_the_optimum():
 
 
 def test_learning_rate():
-    args = SimpleNamespace(lr=1.0, warmup=4, schedule="constant", steps=10)
+    args = SimpleNamespace(warmup=4, schedule="constant", steps=10)
     assert [train.learning_rate(s, args) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    args = SimpleNamespace(lr=1.0, warmup=0, schedule="cosine", steps=10)
+    args = SimpleNamespace(warmup=0, schedule="cosine", steps=10)
     assert [train.learning_rate(s, args) for s in (0, 5, 10)] == pytest.approx([1, 0.55, 0.1])
 
 
@@ -714,51 +714,190 @@ def some_samples(count, seed=0, vocabulary=11):
     return samples
 
 
+def settings(algo="apo", **more):
+    return SimpleNamespace(**{**dict(algo=algo, tokens_per_microbatch=100_000, temperature=1.0, beta2=0.1, clip=1e9, group=train.GROUP[algo],
+                                     minibatches=1, passes=1, dr_grpo=False, eta=0.5, clip_ratio=0.2, value_clip=0.1, gamma=0.9,
+                                     lam=0.8, max_new_tokens=13), **more})
+
+
+def naive_states(model, sample):
+    """One row at a time, no padding: what the model makes of the answer's tokens, before the head."""
+    prompt, answer = sample.row["tokens"], sample.answer.tokens
+    return model.base_model(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1]
+
+
 def naive_logps(model, samples, temperature):
-    """One row at a time, no padding, full logits."""
-    logps = []
-    for sample in samples:
-        prompt, answer = sample.row["tokens"], sample.answer.tokens
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
-        logps.append(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum())
-    return torch.stack(logps)
+    """[(tokens of the answer,)], from full logits."""
+    return [(model.lm_head(naive_states(model, s)) / temperature).log_softmax(-1).gather(
+        -1, torch.tensor(s.answer.tokens)[:, None])[:, 0] for s in samples]
 
 
-@pytest.mark.parametrize("kind,temperature,recompute", [("Qwen2", 1.0, True), ("Qwen2", 0.7, False), ("Llama", 1.3, True),
-                                                        ("GPT2", 1.0, True)])
-def test_update_is_naive_autograd_on_one_big_batch(kind, temperature, recompute, monkeypatch):
-    """Chunked head, recomputation, packing, any token budget: the loss and the step of one undivided batch."""
+def naive_loss(args, samples, new, old, ref, value, old_value):
+    """The four objectives again, answer by answer and token by token, as the papers write them; → (policy's, critic's)"""
+    r, tokens = [s.reward for s in samples], sum(len(s.answer.tokens) for s in samples)
+    loss, critic_loss = 0.0, torch.tensor(0.0)
+    clip = lambda x, around, by: min(max(x, around - by), around + by)
+    surrogate = lambda new, old, a: -min((new - old).exp() * a, clip((new - old).exp(), 1, args.clip_ratio) * a)
+    if args.algo == "apo":
+        for i, s in enumerate(samples):
+            loss += (args.beta2 * (new[i].sum() - ref[i].sum()) - (r[i] - s.row["vstar"])) ** 2 / len(samples)
+    elif args.algo == "rebel":
+        for i in range(0, len(samples), 2):
+            ratio = [new[j].sum() - old[j].sum() for j in (i, i + 1)]
+            gain = [r[j] - args.beta2 * (old[j].sum() - ref[j].sum()) for j in (i, i + 1)]
+            loss += ((ratio[0] - ratio[1]) / args.eta - (gain[0] - gain[1])) ** 2 / (len(samples) / 2)
+    elif args.algo == "grpo":
+        for i in range(len(samples)):
+            start = i // args.group * args.group
+            group = np.array(r[start : start + args.group])
+            a = r[i] - group.mean()
+            a = a if args.dr_grpo else a / (group.std(ddof=1) + 1e-6)
+            for n, o, q in zip(new[i], old[i], ref[i]):
+                kl = (q - n).exp() - (q - n) - 1
+                loss += (surrogate(n, o, a) + args.beta2 * kl) / (args.max_new_tokens if args.dr_grpo else len(new[i])) / len(samples)
+    else:
+        advantages = []
+        for i in range(len(samples)):
+            gains = [(-args.beta2 * (o - q)).item() for o, q in zip(old[i], ref[i])]
+            gains[-1] += r[i]
+            v = [*old_value[i].tolist(), 0.0]
+            delta = [gains[t] + args.gamma * v[t + 1] - v[t] for t in range(len(gains))]
+            advantages.append([sum((args.gamma * args.lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))])
+        every = np.concatenate(advantages)
+        for i in range(len(samples)):
+            for n, o, v, w, a in zip(new[i], old[i], value[i], old_value[i], advantages[i]):
+                loss += surrogate(n, o, (a - every.mean()) / math.sqrt(every.var() + 1e-8)) / tokens
+                target = a + w
+                critic_loss = critic_loss + max((v - target) ** 2, (clip(v, w, args.value_clip) - target) ** 2) / 2 / tokens
+    return loss, critic_loss
+
+
+@pytest.mark.parametrize("algo,kind,temperature,recompute,more", [
+    ("apo", "Qwen2", 1.0, True, {}), ("apo", "Qwen2", 0.7, False, {}), ("apo", "Llama", 1.3, True, {}), ("apo", "GPT2", 1.0, True, {}),
+    ("rebel", "Qwen2", 0.7, True, {}), ("grpo", "Qwen2", 0.7, True, {}), ("grpo", "Llama", 1.0, False, dict(dr_grpo=True)),
+    ("ppo", "Qwen2", 0.7, True, {}), ("ppo", "GPT2", 1.0, False, {})])
+def test_update_is_naive_autograd_on_one_big_batch(algo, kind, temperature, recompute, more, monkeypatch):
+    """Chunked head, recomputation, packing, any token budget: the loss and the step of one undivided batch. The policy is
+    not the one that wrote the answers, so ratios are clipped."""
     monkeypatch.setattr(train.Policy, "CHUNK", 7)
-    samples = some_samples(23)
-    naive, reference = small_model(kind=kind), small_model(kind=kind, seed=1)
+    samples = some_samples(24)
+    args = settings(algo, temperature=temperature, passes=2, **more)
+    naive, old, reference = small_model(kind=kind), small_model(kind=kind, seed=1), small_model(kind=kind, seed=2)
+    for parameter, start in zip(old.parameters(), naive.parameters()):
+        parameter.data.lerp_(start.data, 0.8)  # near, so that some ratios are clipped and some not
+
+    def critic_of(seed):
+        critic = train.Critic(small_model(kind=kind, seed=seed), recompute)
+        with torch.no_grad():
+            critic.model.get_output_embeddings().weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        return critic
+
+    critic, old_critic = critic_of(3), critic_of(4)
+    values = lambda critic: [critic.model.get_output_embeddings()(naive_states(critic.model, s))[:, 0] for s in samples]
     with torch.no_grad():
-        ref_logps = naive_logps(reference, samples, temperature)
-    logps = naive_logps(naive, samples, temperature)
-    r, v = torch.tensor([s.reward for s in samples]), torch.tensor([s.row["vstar"] for s in samples])
-    loss = ((0.1 * (logps - ref_logps) - (r - v)) ** 2).mean()
-    loss.backward()
+        before = [naive_logps(model, samples, temperature) for model in (old, reference)]
+        old_value = values(old_critic)
+    new = naive_logps(naive, samples, temperature)
+    ratios = (torch.cat(new) - torch.cat(before[0])).exp()
+    assert 0.1 < ((ratios - 1).abs() > 0.2).float().mean() < 0.9
+    loss, critic_loss = naive_loss(args, samples, new, *before, values(critic), old_value)
+    (loss + critic_loss).backward()
     expected = {name: p.grad for name, p in naive.named_parameters()}
+    expected_critic = {name: p.grad for name, p in critic.named_parameters()}
     for budget in (1, 40, 100_000):
-        args = SimpleNamespace(tokens_per_microbatch=budget, temperature=temperature, beta2=0.1, clip=1e9)
-        got = train.reference_logps(train.Policy(reference), samples, args, "cpu")
-        torch.testing.assert_close(got, ref_logps, atol=2e-4, rtol=1e-5)
-        policy = train.Policy(small_model(kind=kind), recompute)
-        before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-        sums, norm = train.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), samples, ref_logps, 23, args, "cpu")
-        assert sums["loss"] / 23 == pytest.approx(loss.item(), rel=1e-4)
-        assert sums["logp"] == pytest.approx(logps.sum().item(), rel=1e-5)
-        for name, p in policy.model.named_parameters():
-            torch.testing.assert_close(before[name] - p, expected[name], atol=2e-4, rtol=2e-3)
+        args.tokens_per_microbatch = budget
+        known = train.targets(train.Policy(old), train.Policy(reference), old_critic, samples, args, "cpu")
+        torch.testing.assert_close(known["ref_logp"].sum(-1), torch.stack([x.sum() for x in before[1]]), atol=2e-4, rtol=1e-5)
+        learners = [train.Policy(small_model(kind=kind), recompute)] + [critic_of(3)] * (algo == "ppo")
+        starts = [{name: p.detach().clone() for name, p in learner.named_parameters()} for learner in learners]
+        optimizer = torch.optim.SGD([p for learner in learners for p in learner.parameters()], lr=1.0)
+        over = dict(ppo=sum(len(s.answer.tokens) for s in samples), rebel=12).get(algo, 24)
+        sums, norm = train.update(learners[0], optimizer, samples, known, over, args, "cpu", *learners[1:])
+        assert sums["loss"] / over == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+        assert sums["logp"] == pytest.approx(sum(x.sum().item() for x in new), rel=1e-5)
+        for name, p in learners[0].model.named_parameters():
+            torch.testing.assert_close(starts[0]["model." + name] - p, expected[name], atol=2e-4, rtol=2e-3)
         assert norm == pytest.approx(math.sqrt(sum((g**2).sum().item() for g in expected.values())), rel=1e-3)
+        if algo == "ppo":
+            assert critic_loss > 0.01
+            for name, p in learners[1].named_parameters():
+                if expected_critic[name] is not None:  # a tied head was replaced; nothing is left of it
+                    torch.testing.assert_close(starts[1][name] - p, expected_critic[name], atol=2e-4, rtol=2e-3)
+
+
+def test_rebel_by_hand():
+    # two answers, one right: log-ratios 0.3 and −0.1 over η = 2 make 0.2, the rewards differ by 1: (0.2 − 1)²
+    loss = train.rebel_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.3, -1.9]]), torch.tensor([[1.0, 0.0]]), 2.0)
+    assert loss.tolist() == pytest.approx([0.64])
+
+
+def test_grpo_by_hand():
+    # one right of four: mean 1/4, deviation (n − 1) 1/2 → advantages 3/2 and −1/2
+    advantage = train.group_advantage(torch.tensor([[1.0, 0, 0, 0]]))
+    assert advantage[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
+    assert train.group_advantage(torch.tensor([[1.0, 0, 0, 0]]), divide=False)[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+    # two tokens: ratio 1 (gain 3/2) and ratio 2, clipped to 1.2 (gain 1.8); π_ref gives the second half as much as π: its
+    # KL estimate is 1/2 + ln 2 − 1; a third column is no token
+    logp, old = torch.tensor([[-1.0, math.log(0.5), -9.0]]), torch.tensor([[-1.0, math.log(0.25), 0.0]])
+    ref, response = torch.tensor([[-1.0, math.log(0.25), 0.0]]), torch.tensor([[True, True, False]])
+    expected = -(1.5 + 1.8) + 0.1 * (0.5 + math.log(2) - 1)
+    grpo = lambda **more: train.grpo_loss(logp, old, ref, torch.tensor([1.5]), response, 0.1, 0.2, **more).item()
+    assert grpo() == pytest.approx(expected / 2) and grpo(length=10) == pytest.approx(expected / 10)
+    # a worse answer whose ratio has grown is not spared: the minimum takes the unclipped
+    assert train.clipped(torch.tensor(math.log(2)), torch.tensor(0.0), torch.tensor(-1.0), 0.2).item() == pytest.approx(2)
+
+
+def test_a_group_of_equals_teaches_nothing():
+    for r in (0.0, 1.0):
+        logp = torch.full((8, 3), -1.0, requires_grad=True)
+        advantage = train.group_advantage(torch.full((1, 8), r)).flatten()
+        train.grpo_loss(logp, logp.detach(), logp.detach(), advantage, torch.ones(8, 3), 0.1, 0.2).sum().backward()
+        assert torch.equal(advantage, torch.zeros(8)) and torch.equal(logp.grad, torch.zeros(8, 3))
+
+
+def test_gae_against_the_double_sum():
+    rng = np.random.default_rng(0)
+    for gamma, lam in product((1.0, 0.9), (1.0, 0.7, 0.0)):
+        reward, value = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+        for row, length in enumerate((6, 4, 1)):
+            reward[row, length:] = value[row, length:] = 0
+        got = train.gae(torch.tensor(reward), torch.tensor(value), gamma, lam).numpy()
+        for row, length in enumerate((6, 4, 1)):
+            v = [*value[row, :length], 0.0]
+            for t in range(length):
+                # λ-weighted mean of the k-step estimates, the last of which takes all that is left
+                steps = [sum(gamma**j * reward[row, t + j] for j in range(k)) + gamma**k * v[t + k] - v[t]
+                         for k in range(1, length - t + 1)]
+                weights = [(1 - lam) * lam**k for k in range(len(steps) - 1)] + [lam ** (len(steps) - 1)]
+                assert got[row, t] == pytest.approx(np.dot(weights, steps))
+    # γ = λ = 1, reward 1 at the end, values 0.2 and 0.6: 0.8 and 0.4
+    assert train.gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.2, 0.6]]), 1.0, 1.0)[0].tolist() == pytest.approx([0.8, 0.4])
+
+
+def test_value_loss_by_hand():
+    # from 0 to 0.9 with a clip of 0.5, the return is 1: ½ max(0.1², 0.5²); where it moved less, the plain square
+    loss = train.value_loss(torch.tensor([0.9, 0.3]), torch.zeros(2), torch.ones(2), 0.5)
+    assert loss.tolist() == pytest.approx([0.125, 0.245])
+
+
+def test_without_passes_the_old_policy_costs_nothing(monkeypatch):
+    """A*-PO, and GRPO and REBEL with one step a batch, ask only π_ref for log-probabilities before the update."""
+    asked = []
+    monkeypatch.setattr(train, "by_token", lambda model, samples, args, device: asked.append(model) or torch.zeros(24, 30))
+    for algo, models in (("apo", ["ref"]), ("grpo", ["ref"]), ("rebel", ["ref"]), ("ppo", ["ref", "policy", "critic"])):
+        train.targets("policy", "ref", "critic", some_samples(24), settings(algo), "cpu")
+        assert asked == models
+        asked.clear()
 
 
 def test_microbatches_hold_every_response_once():
     samples = some_samples(40)
-    for budget in (1, 60, 10_000):
-        batches = train.microbatches(samples, budget, "cpu")
+    for budget, together in product((1, 60, 10_000), (1, 2)):
+        batches = train.microbatches(samples, budget, "cpu", together)
         assert sorted(i for group, _, _ in batches for i in group) == list(range(40))
         for group, ids, response in batches:
-            assert len(group) == 1 or ids.numel() <= budget
+            assert len(group) == together or ids.numel() <= budget
+            assert all(i ^ 1 in group for i in group) or together == 1
             for row, i in enumerate(group):
                 # up to and including the EOS, not the padding, which is the same token
                 assert ids[row][response[row]].tolist() == samples[i].answer.tokens
@@ -793,9 +932,10 @@ def test_memory_does_not_grow_with_vocabulary_times_batch(monkeypatch):
     monkeypatch.setattr(train.Policy, "CHUNK", 16)
     vocabulary, samples = 150_000, some_samples(64, vocabulary=150_000)
     policy = train.Policy(small_model(vocabulary))
-    args = SimpleNamespace(tokens_per_microbatch=100_000, temperature=1.0, beta2=0.1, clip=1.0)
+    args = settings()
+    known = train.targets(policy, policy, None, samples, args, "cpu")
     with Largest() as largest:
-        train.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), samples, torch.zeros(64), 64, args, "cpu")
+        train.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), samples, known, 64, args, "cpu")
     weights = vocabulary * 32  # the embedding; its gradient is as large
     assert sum(len(s.answer.tokens) for s in samples) * vocabulary > 10 * weights  # full logits would be seen
     assert largest.size <= max(weights, 16 * vocabulary)
@@ -824,7 +964,7 @@ ILL = {
 
 @pytest.mark.parametrize("name", ILL)
 def test_illness_is_named(name):
-    args, remedies = SimpleNamespace(beta2=0.1), ("--", "harder")
+    args, remedies = settings(), ("--", "harder")
     found = train.diagnose([{**row, **ILL[name](i)} for i, row in enumerate(healthy())], args)
     assert name in found and any(word in found[name] for word in remedies), found
     assert set(found) <= {name, "collapse"}, found
@@ -833,7 +973,7 @@ def test_illness_is_named(name):
 def test_health_is_not_remarked_upon():
     rows = [dict(step=0, accuracy=0.4), *healthy()]
     for count in range(len(rows)):
-        assert train.diagnose(rows[:count], SimpleNamespace(beta2=0.1)) == {}
+        assert train.diagnose(rows[:count], settings()) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -956,6 +1096,28 @@ def test_two_ranks_train_like_one(trained, stage1_whole, tmp_path):
     close(metrics(mixed), metrics(trained[0]))
 
 
+@pytest.mark.parametrize("more", [("--algo=rebel",), ("--algo=grpo", "--group=4", "--minibatches=2"),
+                                  ("--algo=ppo", "--critic_lr=1e-3")])
+def test_baselines_restart_and_shard(more, stage1_whole, tmp_path):
+    """Killed and restarted to the bit, two ranks like one, and a checkpoint of one goes on on two: the critic too."""
+    more = [*more, "--steps=4", "--batch_size=11"]  # 11 prompts: the two ranks' shares differ
+    run(*flags(stage1_whole, tmp_path / "one", *more))
+    process = subprocess.Popen([sys.executable, *flags(stage1_whole, tmp_path / "two", *more)], cwd=HERE,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "two/checkpoint/00000002").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "two/checkpoint/00000004").exists()
+    subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / "three"], check=True)
+    run(*flags(stage1_whole, tmp_path / "two", *more))
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two") and weights(tmp_path / "one") == weights(tmp_path / "two")
+    torchrun(2, *flags(stage1_whole, tmp_path / "three", *more))
+    close(metrics(tmp_path / "one"), metrics(tmp_path / "three"))
+    torchrun(2, *flags(stage1_whole, tmp_path / "four", *more))
+    close(metrics(tmp_path / "one"), metrics(tmp_path / "four"))
+
+
 def test_extending_a_run_is_one_long_run(trained, stage1_whole, tmp_path):
     run(*flags(stage1_whole, tmp_path, "--steps=4"))
     run(*flags(stage1_whole, tmp_path, "--eval_every=2"))
@@ -967,6 +1129,8 @@ def test_extending_a_run_is_one_long_run(trained, stage1_whole, tmp_path):
     (["--beta1=2"], ["--beta1 (was 0.5, now 2.0)"]), (["--temperature=0.5"], ["--temperature 0.5 (Stage 1: 1.0)"]),
     (["--n=9"], ["--n 9", "8"]), (["--vstar=nowhere.jsonl"], ["nowhere.jsonl", "vstar.py"]), (["--batch_size=0"], ["--batch_size"]),
     (["--minibatches=99"], ["--minibatches"]), (["--eval_data=nowhere.jsonl"], ["nowhere.jsonl"]), (["--wandb=x"], ["wandb"]),
+    (["--group=4"], ["--group 4", "GRPO"]), (["--algo=grpo", "--group=1"], ["--group 1"]), (["--beta2=0"], ["--beta2 0"]),
+    (["--algo=ppo"], ["--algo (was apo, now ppo)"]),
 ])
 def test_stage2_refuses(more, words, trained, stage1_whole, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
@@ -1017,13 +1181,14 @@ def test_beta1_and_n_are_recomputed_from_the_rewards(stage1_whole, tmp_path, mon
         assert row["vstar"] == pytest.approx(2 * math.log(np.mean(np.exp(np.array(row["rewards"][:4]) / 2))))
 
 
-def test_it_learns(stage1_whole, tmp_path):
-    run(*flags(stage1_whole, tmp_path, "--batch_size=128", "--steps=25", "--eval_limit=256", "--eval_every=25", "--warmup=5",
-               "--save_every=99", "--batch=512", "--tokens_per_microbatch=16384"))
+@pytest.mark.parametrize("algo,steps", [("apo", 25), ("rebel", 15), ("grpo", 15), ("ppo", 25)])
+def test_it_learns(algo, steps, stage1_whole, tmp_path):
+    run(*flags(stage1_whole, tmp_path, "--batch_size=128", f"--steps={steps}", "--eval_limit=256", "--eval_every=25", "--warmup=5",
+               "--save_every=99", "--batch=1024", "--tokens_per_microbatch=16384", f"--algo={algo}", "--critic_lr=1e-3"))
     rows = metrics(tmp_path)
     assert rows[0]["accuracy"] < 0.5 and rows[-1]["accuracy"] > 0.8
     assert rows[-1]["length"] > 1.5 * rows[1]["length"]  # it has found out that writing the steps pays
-    assert train.diagnose(rows, SimpleNamespace(beta2=0.1)) == {}
+    assert train.diagnose(rows, settings()) == {}
 
 
 def test_wandb_gets_every_row(stage1_whole, tmp_path):

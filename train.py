@@ -72,6 +72,7 @@ from vstar import (
 FROM_STAGE1 = ("model", "revision", "suffix", "chat", "temperature", "max_new_tokens")  # V̂* holds for these alone
 MAY_CHANGE = {"out", "steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "tokens_per_microbatch", "batch",
               "gpu_memory", "checkpoint_activations", "offload_reference", "vstar", "overwrite"}  # between two starts
+GROUP = dict(apo=1, ppo=1, rebel=2, grpo=8)  # answers a prompt
 
 
 def parse_args():
@@ -104,6 +105,7 @@ def parse_args():
     add("--tokens_per_microbatch", type=int, default=16384, help="padded tokens per forward pass; bounds the memory")
     add("--checkpoint_activations", choices=["auto", "yes", "no"], default="auto", help="recompute blocks; auto: on a GPU")
     add("--offload_reference", action="store_true", help="π_ref waits in CPU memory between uses")
+    add("--algo", choices=GROUP, default="apo", help="the objective; the others are what the paper sets A*-PO against")
     add("--eval_data", help="held-out problems; default: Stage 1's data set if it has a test split")
     add("--eval_split", default="test", help="of a data set on the hub")
     add("--eval_limit", type=int, default=512, help="only the first so many of them")
@@ -113,8 +115,24 @@ def parse_args():
     add("--out", type=Path, default=Path("out/run"), help="the folder of this run")
     add("--overwrite", action="store_true", help="throw away what an earlier run left there")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+    add = parser.add_argument_group("only the baselines read these (β2 is the weight of their KL to π_ref too)").add_argument
+    add("--group", type=int, help="GRPO: answers a prompt; default: 8, as in TRL")
+    add("--dr_grpo", action="store_true", help="GRPO: neither divide by the answer's length nor by the rewards' deviation")
+    add("--eta", type=float, default=1.0, help="REBEL: η, its release's")
+    add("--passes", type=int, help="times that a batch of answers is gone over; default: 1 (verl), REBEL: 4 (its release)")
+    add("--clip_ratio", type=float, default=0.2, help="PPO, GRPO: how far π/π_old may go from 1 (verl)")
+    add("--critic_lr", type=float, default=1e-5, help="PPO: the critic's rate (verl)")
+    add("--value_clip", type=float, default=0.5, help="PPO: how far a value may go from what it was (verl)")
+    add("--gamma", type=float, default=1.0, help="PPO: γ, by which later rewards are discounted (verl)")
+    add("--lam", type=float, default=1.0, help="PPO: λ of the advantage estimate; 1: rewards alone, 0: the critic alone (verl)")
     args = read_flags(parser, "train", "batch_size", "minibatches", "steps", "n", "tokens_per_microbatch", "batch", "save_every",
-                      "eval_every", "eval_limit", "epochs", "beta1", "beta2", "lr", "clip")
+                      "eval_every", "eval_limit", "epochs", "beta1", "lr", "clip", "eta", "passes", "clip_ratio", "critic_lr",
+                      "value_clip")
+    if not args.beta2 >= 0 or (args.beta2 == 0 and args.algo == "apo"):
+        fail(f"--beta2 {args.beta2} is too small")
+    if args.group is not None and (args.algo != "grpo" or args.group < 2):
+        fail(f"--group {args.group}: only GRPO compares a group of answers, of two or more")
+    args.group, args.passes = args.group or GROUP[args.algo], args.passes or (4 if args.algo == "rebel" else 1)
     if args.batch_size < args.minibatches:
         fail(f"--minibatches {args.minibatches} is more than --batch_size {args.batch_size}")
     if args.wandb and importlib.util.find_spec("wandb") is None:
@@ -123,7 +141,7 @@ def parse_args():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the mathematics
+# the mathematics: A*-PO's objective, then the three that --algo puts in its place. Only the first is needed to read on.
 
 
 def apo_loss(logp, ref_logp, reward, vstar, beta2):
@@ -132,9 +150,53 @@ def apo_loss(logp, ref_logp, reward, vstar, beta2):
     return (beta2 * (logp - ref_logp) - advantage) ** 2  # A*-PO, eq. for ℓ_t
 
 
+def rebel_loss(logp, old_logp, reward, eta):
+    """REBEL: of two answers to a prompt, regress the difference of the log-ratios against the policy that wrote them onto the
+    difference of the rewards. All (pairs, 2) → (pairs,)"""
+    log_ratio = logp - old_logp
+    return ((log_ratio[:, 0] - log_ratio[:, 1]) / eta - (reward[:, 0] - reward[:, 1])) ** 2  # arXiv 2404.16767, Algorithm 1
+
+
+def clipped(logp, old_logp, advantage, clip_ratio):
+    """PPO's surrogate as a loss per token: no gain from moving π/π_old further than clip_ratio. All alike in shape."""
+    ratio = (logp - old_logp).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)  # arXiv 1707.06347, eq. 7
+
+
+def group_advantage(reward, divide=True):
+    """GRPO: how much better than its group is an answer? (prompts, group) → alike; 0 in a group of equals."""
+    advantage = reward - reward.mean(-1, keepdim=True)
+    return advantage / (reward.std(-1, keepdim=True) + 1e-6) if divide else advantage  # arXiv 2402.03300, 4.1.2; verl's 1e-6
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, response, beta, clip_ratio, length=None):
+    """GRPO: tokens (sequences, tokens), of which `response` counts; advantage (sequences,) → (sequences,)
+
+    A mean over each answer's tokens; Dr. GRPO (arXiv 2503.20783) divides by the same `length` for all."""
+    kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1  # arXiv 2402.03300, eq. 4: an estimate that is never negative
+    losses = clipped(logp, old_logp, advantage[:, None], clip_ratio) + beta * kl  # eq. 3
+    return (losses * response).sum(-1) / (length or response.sum(-1))
+
+
+def gae(reward, value, gamma, lam):
+    """PPO: Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t; all (sequences, tokens), zero after the answer's end."""
+    advantage, later = torch.zeros_like(value), torch.zeros_like(value[:, 0])
+    following = torch.cat([value[:, 1:], later[:, None]], dim=1)
+    for t in reversed(range(value.shape[1])):  # arXiv 1506.02438, eq. 16
+        later = reward[:, t] + gamma * following[:, t] - value[:, t] + gamma * lam * later
+        advantage[:, t] = later
+    return advantage
+
+
+def value_loss(value, old_value, returns, value_clip):
+    """PPO: the critic's squared error per token, without gain from moving further than value_clip. All alike in shape."""
+    near = old_value + (value - old_value).clamp(-value_clip, value_clip)
+    return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2)  # verl's and TRL's
+
+
 def learning_rate(step, args):
-    """The rate of step 0, 1, …"""
-    rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+    """The share of the peak rate that step 0, 1, … takes."""
+    rate = min(1.0, (step + 1) / max(1, args.warmup))
     if args.schedule == "cosine":
         rate *= 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
     return rate
@@ -178,6 +240,20 @@ class Policy(torch.nn.Module):
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+class Critic(Policy):
+    """PPO's: the policy's network, whose head gives one number, the reward still to come, before each token."""
+
+    def __init__(self, model, checkpoint_activations=False):
+        head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+        model.set_output_embeddings(head)
+        super().__init__(model, checkpoint_activations)
+
+    def head(self, states, targets, temperature):
+        return self.model.get_output_embeddings()(states)[:, 0].float()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is wrong, said while it is wrong
 
@@ -207,7 +283,7 @@ def diagnose(rows, args):
         found["still"] = (f"the policy does not move: after {rows[-1]['step']} steps |ln π/π_ref| is "
                           f"{mean(last, 'log_ratio_abs'):.1g}. Raise --lr, or lower --beta2 if it is large.")
     # π* ∝ π_ref exp(r/β2) trades at most 1 of reward, so KL ≤ 1/β2; beyond it the policy is worse than π_ref
-    if mean(last, "kl") > 1 / args.beta2:
+    if args.algo != "grpo" and mean(last, "kl") * args.beta2 > 1:
         found["runaway"] = (f"the KL to π_ref runs away: {mean(last, 'kl'):.1f}, and no reward is worth more than 1/β2 = "
                             f"{1 / args.beta2:g}. Lower --lr, or use more --warmup.")
     if best > 0.1 and mean(last, "reward") < 0.6 * best:
@@ -270,21 +346,24 @@ class Sample(NamedTuple):
     reward: float
 
 
-def microbatches(samples, budget, device):
+def microbatches(samples, budget, device, together=1):
     """Rows of like length, together at most `budget` padded tokens: [(indices, ids, response)]. All processes get equally
-    many (FSDP's collectives must pair up); the ones made up for that have no index and count for nothing."""
+    many (FSDP's collectives must pair up); the ones made up for that have no index and count for nothing. `together`
+    neighbours (REBEL's pairs) are not parted."""
     length = [len(sample.row["tokens"]) + len(sample.answer.tokens) for sample in samples]
-    groups = []
-    for i in sorted(range(len(samples)), key=lambda i: -length[i]):
-        if not groups or (len(groups[-1]) + 1) * length[groups[-1][0]] > budget:
+    longest = [max(length[i : i + together]) for i in range(0, len(samples), together)]
+    groups, width = [], 0
+    for unit in sorted(range(len(longest)), key=lambda unit: -longest[unit]):
+        if not groups or (len(groups[-1]) + together) * width > budget:
             groups.append([])
-        groups[-1].append(i)
+            width = longest[unit]
+        groups[-1] += range(unit * together, (unit + 1) * together)
     count = torch.tensor(len(groups))
     if dist.is_initialized():
         dist.all_reduce(count, dist.ReduceOp.MAX)
     batches = []
     for group in groups:
-        width = length[group[0]]
+        width = max(length[i] for i in group)
         ids = torch.zeros(len(group), width, dtype=torch.long)
         response = torch.zeros(len(group), width, dtype=torch.bool)
         for row, i in enumerate(group):
@@ -297,40 +376,91 @@ def microbatches(samples, budget, device):
 
 
 @torch.no_grad()
-def reference_logps(reference, samples, args, device):
-    """ln π_ref(y|x) of each sample, by the same code and the same micro-batches as ln π(y|x)."""
-    logps = torch.zeros(len(samples), device=device)
+def by_token(model, samples, args, device):
+    """What a model gives each token: (samples, longest - 1) fp32, 0 outside the answers. By the same code and the same
+    micro-batches as the update."""
+    widest = max((len(sample.row["tokens"]) + len(sample.answer.tokens) for sample in samples), default=2)
+    values = torch.zeros(len(samples), widest - 1, device=device)
     for group, ids, response in microbatches(samples, args.tokens_per_microbatch, device):
-        logp = reference(input_ids=ids, response=response, temperature=args.temperature).sum(-1)
-        logps[group] = logp[: len(group)]
-    return logps
+        found = model(input_ids=ids, response=response, temperature=args.temperature)
+        values[group, : ids.shape[1] - 1] = found[: len(group)]
+    return values
 
 
-def update(policy, optimizer, samples, ref_logps, count, args, device):
-    """One optimizer step on the mean loss of all processes' `count` samples. → sums over this process's samples."""
+@torch.no_grad()
+def targets(policy, reference, critic, samples, args, device):
+    """What the update takes as given: {name: (samples,) or, by token, (samples, tokens)}."""
+    vector = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
+    known = dict(reward=vector([s.reward for s in samples]), vstar=vector([s.row["vstar"] for s in samples]),
+                 ref_logp=by_token(reference, samples, args, device))
+    if args.algo == "ppo" or (args.algo != "apo" and args.minibatches * args.passes > 1):
+        known["old_logp"] = by_token(policy, samples, args, device)  # otherwise π is still what wrote the answers
+    if args.algo == "grpo":
+        known["advantage"] = group_advantage(known["reward"].view(-1, args.group), not args.dr_grpo).flatten()
+    if args.algo == "ppo":
+        first = vector([len(s.row["tokens"]) - 1 for s in samples])[:, None]  # position t predicts token t + 1
+        last = first + vector([len(s.answer.tokens) - 1 for s in samples])[:, None]
+        place = torch.arange(known["ref_logp"].shape[1], device=device)
+        answer = (first <= place) & (place <= last)
+        reward = known["reward"][:, None] * (place == last) - args.beta2 * (known["old_logp"] - known["ref_logp"])
+        known["value"] = by_token(critic, samples, args, device)
+        advantage = gae(reward, known["value"], args.gamma, args.lam)
+        known["returns"] = advantage + known["value"]
+        # whitened over the tokens of all processes, as verl and TRL do
+        sums = total(tokens=answer.sum(), advantage=advantage[answer].sum(), squares=(advantage[answer] ** 2).sum())
+        mean = sums["advantage"] / sums["tokens"]
+        known["advantage"] = (advantage - mean) / math.sqrt(sums["squares"] / sums["tokens"] - mean**2 + 1e-8)
+    return known
+
+
+def objective(logp, response, known, args):
+    """The algorithm's losses, one a sequence (REBEL: a pair); logp, response (sequences, tokens), `known` these rows of the
+    targets."""
+    old_logp, ref_logp = known.get("old_logp", logp.detach()), known["ref_logp"]
+    if args.algo == "apo":
+        return apo_loss(logp.sum(-1), ref_logp.sum(-1), known["reward"], known["vstar"], args.beta2)
+    if args.algo == "rebel":
+        reward = known["reward"] - args.beta2 * (old_logp - ref_logp).sum(-1)
+        return rebel_loss(*(x.view(-1, 2) for x in (logp.sum(-1), old_logp.sum(-1), reward)), args.eta)
+    if args.algo == "grpo":
+        return grpo_loss(logp, old_logp, ref_logp, known["advantage"], response, args.beta2, args.clip_ratio,
+                         args.max_new_tokens if args.dr_grpo else None)
+    return (clipped(logp, old_logp, known["advantage"], args.clip_ratio) * response).sum(-1)
+
+
+def update(policy, optimizer, samples, known, count, args, device, critic=None):
+    """One optimizer step on the loss of all processes' samples, a mean over `count`. → sums over this process's samples."""
     sums = dict(loss=0.0, log_ratio=0.0, log_ratio_abs=0.0, logp=0.0, mismatch=0.0)
     bad = []
-    for group, ids, response in microbatches(samples, args.tokens_per_microbatch, device):
-        token_logps = policy(input_ids=ids, response=response, temperature=args.temperature)  # (rows, width - 1) fp32
-        logp = token_logps.sum(-1)
+    for group, ids, response in microbatches(samples, args.tokens_per_microbatch, device, 2 if args.algo == "rebel" else 1):
+        inputs = dict(input_ids=ids, response=response, temperature=args.temperature)
+        logp = policy(**inputs)  # (rows, width - 1) fp32
         if not group:
             (0.0 * logp.sum()).backward()
+            if critic:
+                (0.0 * critic(**inputs).sum()).backward()
             continue
-        rewards = torch.tensor([samples[i].reward for i in group], device=device)
-        vstars = torch.tensor([samples[i].row["vstar"] for i in group], dtype=torch.float32, device=device)
-        losses = apo_loss(logp, ref_logps[group], rewards, vstars, args.beta2)
+        response = response[:, 1:]
+        rows = {name: tensor[group, ..., : logp.shape[1]] if tensor.dim() > 1 else tensor[group] for name, tensor in known.items()}
+        losses = objective(logp, response, rows, args)
         # FSDP averages over processes; times WORLD over the global count makes that the mean of one big batch
         (losses.sum() * WORLD / count).backward()
-        log_ratio = (logp - ref_logps[group]).detach()
+        if critic:
+            errors = value_loss(critic(**inputs), rows["value"], rows["returns"], args.value_clip)
+            ((errors * response).sum() * WORLD / count).backward()
+        logp = logp.detach()
+        log_ratio = logp.sum(-1) - rows["ref_logp"].sum(-1)
         sampled = torch.tensor([x for i in group for x in samples[i].answer.logps], device=device)  # by the engine
         sums["loss"] += losses.sum().item()
         sums["log_ratio"] += log_ratio.sum().item()
         sums["log_ratio_abs"] += log_ratio.abs().sum().item()
         sums["logp"] += logp.sum().item()
-        sums["mismatch"] += (token_logps.detach()[response[:, 1:]] - sampled).abs().sum().item()
-        bad += [samples[group[i]].row["id"] for i in (~losses.isfinite()).nonzero()[:, 0].tolist()]
+        sums["mismatch"] += (logp[response] - sampled).abs().sum().item()
+        bad += [samples[i].row["id"] for i, fine in zip(group[:: len(group) // len(losses)], losses.isfinite()) if not fine]
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
     norm = float(whole(norm))
+    if critic:
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), args.clip)
     if total(bad=len(bad))["bad"] or not math.isfinite(norm):
         where = f"the loss of {', '.join(bad[:8])}" if bad else f"the gradient's norm ({norm})"
         if bad or RANK == 0:
@@ -373,11 +503,11 @@ def check_run(args, settings):
     return max((int(path.name) for path in folder.iterdir()), default=0)
 
 
-def save_checkpoint(args, step, policy, optimizer):
+def save_checkpoint(args, step, trained, optimizer):
     """A folder with every process's shards. Written aside and renamed whole; the two newest stay."""
     folder = args.out / "checkpoint"
     aside = folder / f"{step:08d}.tmp"
-    model, optim = get_state_dict(policy, optimizer)
+    model, optim = get_state_dict(trained, optimizer)
     try:
         dcp.save(dict(model=model, optimizer=optim), checkpoint_id=aside)
     except (OSError, dcp.CheckpointException) as error:
@@ -391,14 +521,14 @@ def save_checkpoint(args, step, policy, optimizer):
     meet(f"saved {step}")
 
 
-def load_checkpoint(args, step, policy, optimizer):
-    model, optim = get_state_dict(policy, optimizer)
+def load_checkpoint(args, step, trained, optimizer):
+    model, optim = get_state_dict(trained, optimizer)
     try:
         dcp.load(dict(model=model, optimizer=optim), checkpoint_id=args.out / "checkpoint" / f"{step:08d}")
     except (OSError, ValueError, dcp.CheckpointException) as error:
         fail(f"{args.out}/checkpoint/{step:08d} cannot be read ({str(error).strip().splitlines()[0]}); remove it to go on "
              "from the one before")
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    set_state_dict(trained, optimizer, model_state_dict=model, optim_state_dict=optim)
 
 
 def save_model(args, policy, tokenizer):
@@ -609,16 +739,20 @@ def main():
     shard(policy, device, dtype, master=True)
     reference = Policy(load_model(args, "cpu", dtype)).requires_grad_(False)
     shard(reference, device, dtype, offload=args.offload_reference)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
+    groups, critic, trained = [dict(params=policy.parameters(), peak=args.lr)], None, policy
+    if args.algo == "ppo":
+        critic = shard(Critic(load_model(args, "cpu", "auto"), recompute), device, dtype, master=True)
+        groups.append(dict(params=critic.parameters(), peak=args.critic_lr))
+        trained = torch.nn.ModuleList([policy, critic])
+    optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=device.type == "cuda")
     if sampler is None:
         sampler = TransformersSampler(policy, eos, args.max_new_tokens, args.temperature, args.batch)
     check_head(policy, device, args)
     if start > 0:
-        load_checkpoint(args, start, policy, optimizer)
+        load_checkpoint(args, start, trained, optimizer)
         if RANK == 0:
             print(f"going on after step {start}")
-    train(args, rows, held_out, tokenizer, policy, reference, optimizer, sampler, start, device)
+    train(args, rows, held_out, tokenizer, policy, reference, critic, trained, optimizer, sampler, start, device)
     del sampler
     gc.collect()
     if dist.is_initialized():
@@ -638,7 +772,7 @@ def check_head(policy, device, args):
         fail(f"--model {args.model}: this architecture changes its logits after the head, which Policy.head does not know")
 
 
-def train(args, rows, held_out, tokenizer, policy, reference, optimizer, sampler, start, device):
+def train(args, rows, held_out, tokenizer, policy, reference, critic, trained, optimizer, sampler, start, device):
     history = read_metrics(args, start)
     seconds = dict.fromkeys(("sampling", "reference", "update", "evaluation", "saving"), 0.0)
     timed = lambda phase: stopwatch(seconds, phase, device)
@@ -659,39 +793,43 @@ def train(args, rows, held_out, tokenizer, policy, reference, optimizer, sampler
         log(dict(step=0, accuracy=evaluate()), history, seconds, args, wandb)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage 2", disable=RANK > 0)
     for step in bar:  # so many steps have been taken
-        mine = prompts_of_step(rows, step, args)
+        mine, first = prompts_of_step(rows, step, args), None
         with timed("sampling"):
             seeds = [prompt_seed(f"{args.seed}/{place}", row["id"]) for place, row in mine]
-            samples = rollout(sampler, policy, tokenizer, [row for _, row in mine], seeds)
+            samples = rollout(sampler, policy, tokenizer, [row for _, row in mine], seeds, args.group)
         with timed("reference"):
-            ref_logps = reference_logps(reference, samples, args, device)
+            known = targets(policy, reference, critic, samples, args, device)
         with timed("update"):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            for part in range(args.minibatches):
-                chosen = [i for i, (place, _) in enumerate(mine) if place % args.batch_size % args.minibatches == part]
-                count = len(range(part, args.batch_size, args.minibatches))  # of all processes
-                sums, norm = update(policy, optimizer, [samples[i] for i in chosen], ref_logps[chosen], count, args, device)
-                sums = total(**sums, tokens=sum(len(samples[i].answer.tokens) for i in chosen))
-                if part == 0:  # until the first update of this batch, π is what sampled it
-                    first = {key: value / count for key, value in sums.items()}
+                group["lr"] = group["peak"] * learning_rate(step, args)
+            for part in [*range(args.minibatches)] * args.passes:
+                chosen = [i for i in range(len(samples))
+                          if mine[i // args.group][0] % args.batch_size % args.minibatches == part]
+                tokens = total(tokens=sum(len(samples[i].answer.tokens) for i in chosen))["tokens"]
+                count = len(range(part, args.batch_size, args.minibatches)) * args.group  # sequences of all processes
+                over = dict(ppo=tokens, rebel=count / 2).get(args.algo, count)  # the loss is a mean over tokens, pairs, sequences
+                sums, norm = update(policy, optimizer, [samples[i] for i in chosen],
+                                    {name: tensor[chosen] for name, tensor in known.items()}, over, args, device, critic)
+                if first is None:  # until the first update of this batch, π is what sampled it
+                    sums = total(**sums)
+                    first = dict({key: value / count for key, value in sums.items()}, loss=sums["loss"] / over, tokens=tokens / count)
                     check_numbers(first, step, mismatches, args)
 
         done = step + 1
         means = total(reward=sum(s.reward for s in samples), vstar=sum(s.row["vstar"] for s in samples),
                       length=sum(len(s.answer.tokens) for s in samples), finished=sum(s.answer.finished for s in samples),
                       unsolved=sum(not any(s.row["rewards"][: args.n]) for s in samples))
-        means = {key: value / args.batch_size for key, value in means.items()}
+        means = {key: value / args.batch_size / args.group for key, value in means.items()}
         metrics = dict(
             step=done, loss=first["loss"], **means, advantage=means["reward"] - means["vstar"],
             kl=first["log_ratio"], log_ratio_abs=first["log_ratio_abs"],
             entropy=-first["logp"] / first["tokens"],  # on-policy: the mean of -ln π of what was sampled
-            mismatch=first["mismatch"] / first["tokens"], grad_norm=norm, lr=learning_rate(step, args),
+            mismatch=first["mismatch"] / first["tokens"], grad_norm=norm, lr=args.lr * learning_rate(step, args),
         )
         if held_out and (done % args.eval_every == 0 or done == args.steps):
             metrics["accuracy"] = evaluate()
         spent = seconds["sampling"] + seconds["reference"] + seconds["update"]
-        metrics["tokens_per_second"] = round(means["length"] * args.batch_size / spent)
+        metrics["tokens_per_second"] = round(means["length"] * args.batch_size * args.group / spent)
         metrics["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
                                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
         log(metrics, history, seconds, args, wandb)
@@ -701,7 +839,7 @@ def train(args, rows, held_out, tokenizer, policy, reference, optimizer, sampler
         stop = total(stop=float(bool(stopping)))["stop"] > 0  # all processes stop after the same step
         if done % args.save_every == 0 or done == args.steps or stop:
             with timed("saving"):
-                save_checkpoint(args, done, policy, optimizer)
+                save_checkpoint(args, done, trained, optimizer)
                 if RANK == 0:
                     curves(history, args.out / "curves.png")
         if stop and done < args.steps:
@@ -724,22 +862,21 @@ def prompts_of_step(rows, step, args):
     return [(place, rows[orders[place // len(rows)][place % len(rows)]]) for place in places[RANK::WORLD]]
 
 
-def rollout(sampler, policy, tokenizer, rows, seeds):
-    """One answer to each prompt from the current policy, graded."""
+def rollout(sampler, policy, tokenizer, rows, seeds, n=1):
+    """One answer to each prompt from the current policy, graded (n for the baselines that compare answers)."""
     prompts = [row["tokens"] for row in rows]
     if isinstance(sampler, VLLMSampler):
         sampler.wake()
         # the state dict, unlike named_parameters, names tied weights twice; vLLM keeps a head of its own
         sampler.load((name.removeprefix("model."), whole(tensor)) for name, tensor in policy.state_dict().items())
-        answers = sampler.generate(prompts, 1, seeds)
+        answers = sampler.generate(prompts, n, seeds)
         sampler.sleep()
     else:
         with gathered(policy):
-            answers = sampler.generate(prompts, 1, seeds)
-    answers = [copies[0] for copies in answers]
-    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in answers]
-    return [Sample(row, answer, text, reward(text, row["answer"], answer.finished))
-            for row, answer, text in zip(rows, answers, texts)]
+            answers = sampler.generate(prompts, n, seeds)
+    decoded = [(row, answer, tokenizer.decode(answer.tokens, skip_special_tokens=True))
+               for row, copies in zip(rows, answers) for answer in copies]
+    return [Sample(row, answer, text, reward(text, row["answer"], answer.finished)) for row, answer, text in decoded]
 
 
 def check_numbers(means, step, mismatches, args):
