@@ -811,8 +811,8 @@ def train(args, rows, held_out, tokenizer, policy, reference, critic, trained, o
                 sums, norm = update(policy, optimizer, [samples[i] for i in chosen],
                                     {name: tensor[chosen] for name, tensor in known.items()}, over, args, device, critic)
                 if first is None:  # until the first update of this batch, π is what sampled it
-                    sums = total(**sums)
-                    first = dict({key: value / count for key, value in sums.items()}, loss=sums["loss"] / over, tokens=tokens / count)
+                    first = {key: value / count for key, value in total(**sums).items()}
+                    first.update(loss=first["loss"] * count / over, tokens=tokens / count)
                     check_numbers(first, step, mismatches, args)
 
         done = step + 1
