@@ -1391,10 +1391,12 @@ def test_worked_demonstrations():
     sys.path.insert(0, str(HERE / "tiny"))
     import make
 
-    assert make.worked(random.Random(0), 482, 795, 0) == "2+5=7;8+9=17;4+7+1=12;\\boxed{1277}"
-    assert make.worked(random.Random(0), 55, 45, 0) == "5+5=10;5+4+1=10;\\boxed{100}"
+    assert make.worked(random.Random(0), 482, "+", 795, 0) == "2+5=7;8+9=17;4+7+1=12;\\boxed{1277}"
+    assert make.worked(random.Random(0), 55, "+", 45, 0) == "5+5=10;5+4+1=10;\\boxed{100}"
+    assert make.worked(random.Random(0), 482, "-", 295, 0) == "12-5=7;17-9=8;3-2=1;\\boxed{187}"
+    assert make.worked(random.Random(0), 500, "-", 499, 0) == "10-9=1;9-9=0;4-4=0;\\boxed{1}"
     rng = random.Random(0)
-    right = [make.worked(rng, 482, 795, 0.04).endswith("{1277}") for _ in range(3000)]
+    right = [make.worked(rng, 482, "+", 795, 0.04).endswith("{1277}") for _ in range(3000)]
     assert np.mean(right) == pytest.approx(0.96**3, abs=0.02)
 
 

@@ -16,7 +16,7 @@ from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
-from lab import COLOURS, HERE, NAMES, accuracies, add_flags, mean_sd, save, side_by_side, stage1, train
+from lab import COLOURS, HERE, NAMES, accuracies, add_flags, mean_sd, pm, save, side_by_side, stage1, train
 
 # Qwen2.5-1.5B, 3B and 7B on MATH, 4 × H100: hours, GPU memory in %, KL to the base model, MATH500 (A*-PO paper, table 2)
 PAPER = dict(ppo=[(10.84, 42.64, .151, 57.0), (13.59, 54.95, .111, 65.8), (20.53, 92.81, .133, 74.4)],
@@ -90,8 +90,8 @@ def measures(rows, offline_tokens, offline, reach):
 def picture(runs, args):
     """Accuracy over steps, prompts, generated tokens and seconds: each seed thin, their mean thick."""
     figure, axes = plt.subplots(1, 5, figsize=(17, 3.3), layout="constrained")
-    for axis, (key, label) in zip(axes, (("step", "steps"), ("prompts", "prompts"), ("all_tokens", "generated tokens (A*-PO: with Stage 1)"),
-                                         ("clock", "seconds (A*-PO: with Stage 1)"))):
+    with_stage1 = [(key, f"{label} (A*-PO: with Stage 1)") for key, label in (("all_tokens", "tokens"), ("clock", "seconds"))]
+    for axis, (key, label) in zip(axes, [("step", "steps"), ("prompts", "prompts"), *with_stage1]):
         for algo, some in runs.items():
             lines = [[(row[key], row["accuracy"]) for row in run["rows"] if "accuracy" in row] for run in some]
             for line in lines:
@@ -112,13 +112,12 @@ def picture(runs, args):
 
 def show(table, chosen, args):
     """The table in the form of the paper's, as Markdown."""
-    pm = lambda pair, digits=2: f"{pair[0]:.{digits}f}" + (f" ± {pair[1]:.{digits}f}" if pair[1] is not None else "")
     print(f"\n{args.seeds} seeds, {args.steps} steps; the mean and the deviation over the seeds\n")
     print(f"| | rate, β2 | seconds | … to {args.reach} | memory (GB) | KL at {args.reach} | KL | accuracy |\n" + "|---" * 8 + "|")
     for algo in NAMES:
         row = table[algo]
         print(f"| {NAMES[algo]} | {', '.join(chosen[algo])} | {pm(row['seconds'], 1)} | {pm(row['seconds_to_reach'], 1)} | "
-              f"{pm(row['memory_gb'])} | {pm(row['kl_at_reach'])} | {pm(row['kl'])} | {pm(row['accuracy'], 3)} |")
+              f"{pm(row['memory_gb'], 2)} | {pm(row['kl_at_reach'], 2)} | {pm(row['kl'], 2)} | {pm(row['accuracy'])} |")
     print("\n| the paper, MATH | hours | GPU memory (%) | KL | MATH500 |\n|---|---|---|---|---|")
     for algo in NAMES:
         print(f"| {NAMES[algo]} | " + " | ".join(" / ".join(f"{size[i]:g}" for size in PAPER[algo]) for i in range(4)) + " |")

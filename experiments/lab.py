@@ -83,6 +83,11 @@ def mean_sd(values):
     return [round(float(values.mean()), 4), round(float(values.std(ddof=1)), 4) if len(values) > 1 else None]
 
 
+def pm(pair, digits=3):
+    """(mean, deviation) → mean ± deviation"""
+    return f"{pair[0]:.{digits}f}" + (f" ± {pair[1]:.{digits}f}" if pair[1] is not None else "")
+
+
 def cpu():
     """Model and number of the cores."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

@@ -10,6 +10,8 @@ together), and then that the demonstrations' slips do not. Long sums were rarely
 
     python tiny/make.py                                                    the files beside this one, < 2 minutes on 2 cores
     python tiny/make.py --digits 3 4 5 6 --hidden 256 --layers 4 --steps 20000 --out harder    another world
+
+`--operators + -` adds subtraction: 482-295=12-5=7;17-9=8;3-2=1;\\boxed{187}.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokeniz
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--digits", type=int, nargs="+", default=[2, 3, 4], help="how long the two numbers are")
+parser.add_argument("--operators", nargs="+", choices=["+", "-"], default=["+"])
 parser.add_argument("--worked", type=float, nargs=2, default=[0.65, 0.25],
                     help="the share of worked demonstrations, for the shortest and the longest sums")
 parser.add_argument("--slips", type=float, default=0.04, help="the share of wrong digits in worked demonstrations")
@@ -38,31 +41,47 @@ parser.add_argument("--device", default="cpu")
 parser.add_argument("--out", type=Path, default=Path("tiny"), help="the folder; the recipes name it, so run from above")
 
 
-def problem(rng, digits):
-    length = rng.choice(digits)
+def problem(rng, args):
+    length = rng.choice(args.digits)
     a, b = (rng.randint(10 ** (length - 1), 10**length - 1) for _ in range(2))
-    return a, b
+    operator = rng.choice(args.operators) if len(args.operators) > 1 else args.operators[0]
+    return (a, operator, b) if operator == "+" else (max(a, b), operator, min(a, b))
 
 
-def worked(rng, a, b, slips):
+def worked(rng, a, operator, b, slips):
     """482+795= → 2+5=7;8+9=17;4+7+1=12;\\boxed{1277}, with a slip here and there that the rest then builds on."""
     steps, carry, result = [], 0, ""
     for x, y in zip(reversed(str(a)), reversed(str(b))):
+        if operator == "-":
+            x = int(x) - carry
+            carry = x < int(y)  # borrowed from the next digit
+            total = x + 10 * carry - int(y)
+            if rng.random() < slips:
+                total = (total + rng.choice([-1, 1])) % 10
+            steps.append(f"{x + 10 * carry}-{y}={total};")
+            result = str(total) + result
+            continue
         total = int(x) + int(y) + carry
         if rng.random() < slips:
             total = max(0, total + rng.choice([-1, 1]))
         steps.append(f"{x}+{y}{'+1' if carry else ''}={total};")
         carry, result = total // 10, str(total % 10) + result
-    return "".join(steps) + "\\boxed{" + ("1" if carry else "") + result + "}"
+    result = ("1" if carry else "") + result if operator == "+" else result.lstrip("0") or "0"
+    return "".join(steps) + "\\boxed{" + result + "}"
+
+
+def solution(a, operator, b):
+    return a + b if operator == "+" else a - b
 
 
 def demonstration(rng, args, progress):
     """Prompt and answer. The first half of the lessons is all worked, or the small model would never learn to carry."""
-    a, b = problem(rng, args.digits)
+    a, operator, b = problem(rng, args)
     short, long = min(args.digits), max(args.digits)
     share = args.worked[0] + (args.worked[1] - args.worked[0]) * (len(str(a)) - short) / max(1, long - short)
-    answer = worked(rng, a, b, args.slips) if progress < 0.5 or rng.random() < share else f"\\boxed{{{a + b}}}"
-    return f"{a}+{b}=", answer
+    worked_out = progress < 0.5 or rng.random() < share
+    answer = worked(rng, a, operator, b, args.slips) if worked_out else f"\\boxed{{{solution(a, operator, b)}}}"
+    return f"{a}{operator}{b}=", answer
 
 
 def make_tokenizer():
@@ -106,8 +125,8 @@ def make_model(args):
 
 
 def write_problems(path, pairs):
-    rows = (json.dumps({"id": f"{path.stem}/{i:05d}", "question": f"{a}+{b}=", "answer": str(a + b)})
-            for i, (a, b) in enumerate(pairs))
+    rows = (json.dumps({"id": f"{path.stem}/{i:05d}", "question": f"{a}{operator}{b}=", "answer": str(solution(a, operator, b))})
+            for i, (a, operator, b) in enumerate(pairs))
     path.write_text("\n".join(rows) + "\n")
 
 
@@ -119,7 +138,7 @@ def main():
         parser.error("so many different problems do not exist with so few --digits")
     rng, pairs = random.Random(args.seed + 1), {}
     while len(pairs) < args.train + args.test:  # all different
-        pairs[problem(rng, args.digits)] = None
+        pairs[problem(rng, args)] = None
     args.out.mkdir(parents=True, exist_ok=True)
     write_problems(args.out / "train.jsonl", list(pairs)[: args.train])
     write_problems(args.out / "test.jsonl", list(pairs)[args.train :])

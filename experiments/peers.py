@@ -1,0 +1,288 @@
+"""This code beside TRL: the same model, problems, prompts a step, answer length and optimizer settings, in turns.
+
+    pip install trl==1.16.0          (for this script alone)
+    python experiments/peers.py                                      → experiments/peers.json       (the embedded world, on a CPU)
+    python experiments/peers.py --shape 0.5B --rounds 1 --steps 5    a model of Qwen2.5-0.5B's shape with random weights (a GPU)
+
+A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its own, and in every
+round the order changes. Seconds are those of the work alone (no imports, no loading): Stage 1, and Stage 2 a step, the first
+step left out. The memory is what an update needs beyond what was held before it: on a CPU the growth of the peak RSS, on a GPU
+of the peak allocation. Accuracy: evaluate.py on the finished model.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from lab import ROOT, save
+
+PEERS = ["ours apo", "trl apo", "ours grpo", "trl grpo"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=25)
+    add("--batch_size", type=int, default=128, help="prompts a step")
+    add("--tokens", type=int, default=64, help="new tokens at most")
+    add("--lr", type=float, default=3e-4)
+    add("--limit", type=int, default=1024, help="prompts of Stage 1")
+    add("--model", default="tiny/model")
+    add("--shape", choices=[*SHAPES, "toy"], help="instead of --model: random weights in the shape of this Qwen2.5")
+    add("--microbatch", type=int, default=1024, help="TRL's per_device_train_batch_size at most; the rest is accumulated")
+    add("--only", nargs="+", default=PEERS, choices=PEERS)
+    add("--child", nargs=2, metavar=("PEER", "OUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args)
+    found = {peer: [] for peer in args.only}
+    for turn in range(args.rounds):
+        for peer in args.only if turn % 2 == 0 else args.only[::-1]:
+            out = ROOT / f"out/peers/{args.shape or 'tiny'}/{peer.replace(' ', '-')}-{turn}"
+            if not (out / "result.json").exists():
+                out.mkdir(parents=True, exist_ok=True)
+                with open(out / "log", "w") as log:
+                    command = [sys.executable, __file__, *sys.argv[1:], "--child", peer, str(out)]
+                    code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+                if code:
+                    sys.exit(f"{peer} failed; see {out}/log")
+            found[peer].append(json.loads((out / "result.json").read_text()))
+            print(turn, peer, {key: round(value, 4) for key, value in found[peer][-1].items()}, flush=True)
+    middle = {peer: {key: float(np.median([run[key] for run in runs])) for key in runs[0]} for peer, runs in found.items()}
+    ratios = {}
+    for algo in ("apo", "grpo"):
+        if f"ours {algo}" in middle and f"trl {algo}" in middle:
+            ours, theirs = middle[f"ours {algo}"], middle[f"trl {algo}"]
+            ratios[algo] = {key: round(theirs[key] / ours[key], 3) for key in ours if key in theirs and ours[key]}
+    lines = dict(ours=2, trl=len(inspect.getsource(trl_a2po).splitlines()) - 1)
+    save("peers" + (f"-{args.shape}" if args.shape else ""), medians=middle, trl_over_ours=ratios, lines_a_user_writes=lines)
+    for algo, row in ratios.items():
+        print(f"TRL over ours, {algo}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+
+
+SHAPES = {"0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True), "7B": (3584, 28, 28, 4, 18944, False)}
+
+
+def random_model(shape, folder):
+    """A Hugging Face folder of the shape with random weights and the embedded world's tokenizer."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    hidden, layers, heads, kv, inner, tied = SHAPES.get(shape, (64, 2, 2, 1, 128, True))
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                                         num_key_value_heads=kv, intermediate_size=inner, tie_word_embeddings=tied,
+                                         max_position_embeddings=32768, eos_token_id=0, pad_token_id=0, bos_token_id=None))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder)
+
+
+def child(args):
+    """One peer, measured from inside its process."""
+    peer, out = args.child
+    code, algo = peer.split()
+    if args.shape:
+        args.model = str(ROOT / f"out/peers/model-{args.shape}")
+        if not Path(args.model, "config.json").exists():
+            random_model(args.shape, args.model)
+    sys.path.insert(0, str(ROOT))
+    result = (ours if code == "ours" else theirs)(args, algo, out)
+    if not args.shape:
+        final = f"{out}/run/model" if code == "ours" else f"{out}/model"
+        command = f"evaluate.py --data=tiny/test.jsonl --suffix= --max_new_tokens={args.tokens} --n=4 --batch=1024"
+        subprocess.run([sys.executable, *shlex.split(command), f"--model={final}", f"--out={out}/eval"], cwd=ROOT, check=True)
+        (found,) = json.loads(Path(out, "eval/results.json").read_text()).values()
+        result["accuracy"] = next(iter(found.values()))["accuracy"]
+    Path(out, "result.json").write_text(json.dumps(result))
+
+
+def timed(function, seconds):
+    def wrapped(*args, **keywords):
+        began = time.perf_counter()
+        result = function(*args, **keywords)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    return wrapped
+
+
+class Peak:
+    """The most memory during forward and backward passes beyond what was held when the update began (the first update left out:
+    it allocates the optimizer's states)."""
+
+    def __init__(self):
+        self.held, self.most, self.updates, step = None, 0, 0, torch.optim.AdamW.step
+
+        def ends(*args, **keywords):
+            self.stop()
+            self.held, self.updates = None, self.updates + 1
+            return step(*args, **keywords)
+
+        torch.optim.AdamW.step = ends
+
+    def before(self, function):
+        def wrapped(*args, **keywords):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+                now = torch.cuda.memory_allocated()
+            else:
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak
+                now = resident("VmRSS")
+            self.held = now if self.held is None else self.held
+            return function(*args, **keywords)
+
+        return wrapped
+
+    def after(self, function):
+        def wrapped(*args, **keywords):
+            result = function(*args, **keywords)
+            self.stop()
+            return result
+
+        return wrapped
+
+    def stop(self):
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+        if self.updates:
+            self.most = max(self.most, peak - self.held)
+
+
+def resident(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def ours(args, algo, out):
+    """What `python vstar.py … && python train.py …` does."""
+    import train
+    import vstar
+
+    seconds, peak = [], Peak()
+    vstar.sample_all, train.update = timed(vstar.sample_all, seconds), peak.before(train.update)
+    # --- what a user types
+    commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --suffix= --max_new_tokens={args.tokens} --batch=1024 "
+                f"--limit={args.limit} --engine=transformers --out={out}/vstar.jsonl",
+                f"train.py --vstar={out}/vstar.jsonl --algo={algo} --beta2=0.1 --lr={args.lr} --warmup=5 --steps={args.steps} "
+                f"--batch_size={args.batch_size} --batch=1024 --engine=transformers --save_every=100000 --out={out}/run"]
+    # ---
+    for main, command in zip((vstar.main, train.main), commands):
+        sys.argv = shlex.split(command)
+        main()
+    rows = [json.loads(line) for line in Path(out, "run/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["step"] > 1]
+    mean = lambda *phases: float(np.mean([sum(row["seconds"][phase] for phase in phases) for row in rows]))
+    lengths = [sum(json.loads(line)["lengths"]) for line in Path(out, "vstar.jsonl").read_text().splitlines()]
+    generated = float(np.mean([row["length"] for row in rows])) * args.batch_size * (8 if algo == "grpo" else 1)
+    step = mean("sampling", "reference", "update")
+    return dict(stage1_seconds=seconds[0], stage1_seconds_per_token=seconds[0] / sum(lengths),
+                sampling_seconds_a_step=mean("sampling", "reference"), update_seconds_a_step=mean("update"),
+                step_seconds=step, step_seconds_per_token=step / generated,
+                update_memory_mb=peak.most / 2**20)
+
+
+def theirs(args, algo, out):
+    """TRL, measured at the corresponding places."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import transformers
+    import trl  # noqa: F401
+
+    trainer = (trl_a2po if algo == "apo" else trl_grpo)(args, out)
+    tokens, sampling, steps, peak, decode = [], [], [], Peak(), trainer.processing_class.batch_decode
+    trainer._prepare_inputs = timed(trainer._prepare_inputs, sampling)
+    trainer.training_step = timed(trainer.training_step, steps)
+    trainer.compute_loss = peak.before(trainer.compute_loss)
+    trainer.accelerator.backward = peak.after(trainer.accelerator.backward)
+
+    def counted(ids, **keywords):
+        if isinstance(ids, torch.Tensor):  # up to and including the first EOS
+            eos = (ids == trainer.processing_class.eos_token_id).int()
+            tokens.append(int((eos.cumsum(-1) - eos == 0).sum()))
+        else:
+            tokens.append(sum(map(len, ids)))
+        return decode(ids, **keywords)
+
+    trainer.processing_class.batch_decode = counted
+    result = {}
+    if algo == "apo":
+        began = time.perf_counter()
+        trainer._estimate_optimal_values()
+        result["stage1_seconds"] = time.perf_counter() - began
+        result["stage1_seconds_per_token"] = result["stage1_seconds"] / sum(tokens)
+        tokens.clear()
+
+    class Clock(transformers.TrainerCallback):
+        marks = []
+
+        def on_step_end(self, *_, **__):
+            self.marks.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    trainer.model.save_pretrained(f"{out}/model")
+    trainer.processing_class.save_pretrained(f"{out}/model")
+    per_step = float(np.mean(np.diff(Clock.marks)))
+    sampled = sum(sampling[len(steps) // args.steps :]) / (args.steps - 1)  # without the first step
+    result.update(sampling_seconds_a_step=sampled, update_seconds_a_step=per_step - sampled, step_seconds=per_step,
+                  step_seconds_per_token=per_step * args.steps / sum(tokens), update_memory_mb=peak.most / 2**20)
+    return result
+
+
+def problems_of(args):
+    from datasets import Dataset
+
+    lines = (ROOT / "tiny/train.jsonl").read_text().splitlines()[: args.limit]
+    return Dataset.from_list([dict(prompt=row["question"], answer=row["answer"]) for row in map(json.loads, lines)])
+
+
+def right(completions, answer, **_):
+    from rewards import reward
+
+    return [reward(text, gold, True) for text, gold in zip(completions, answer)]
+
+
+def settings(args, out, answers):
+    """What TRL's two trainers are told alike."""
+    gpu, micro = torch.cuda.is_available(), min(args.microbatch, answers)
+    return dict(output_dir=out, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_grad_norm=1.0,
+                weight_decay=0.0, max_steps=args.steps, per_device_train_batch_size=micro, temperature=1.0, bf16=gpu,
+                gradient_accumulation_steps=answers // micro, max_completion_length=args.tokens, gradient_checkpointing=gpu,
+                report_to="none", save_strategy="no", use_cpu=not gpu, logging_steps=1000, seed=0, remove_unused_columns=False)
+
+
+def load(args):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # fp32 masters, computed in bf16 on a GPU: as here
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(args.model, padding_side="left")
+
+
+def trl_a2po(args, out):
+    from trl.experimental.a2po import A2POConfig, A2POTrainer
+
+    model, tokenizer = load(args)
+    config = A2POConfig(**settings(args, out, args.batch_size), num_value_samples=8, beta1=0.5, beta2=0.1,
+                        filter_all_incorrect=False)
+    return A2POTrainer(model, right, config, problems_of(args), processing_class=tokenizer)
+
+
+def trl_grpo(args, out):
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = load(args)
+    config = GRPOConfig(**settings(args, out, args.batch_size * 8), num_generations=8, beta=0.1, loss_type="grpo")
+    return GRPOTrainer(model, right, config, problems_of(args), processing_class=tokenizer)
+
+
+if __name__ == "__main__":
+    main()
