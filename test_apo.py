@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import evaluate
+import plan
 import rewards
 import train
 import vstar
@@ -420,15 +421,15 @@ def test_bos_is_written_once():
 # the sampler
 
 
-def small_model(vocabulary=11, kind="Qwen2", seed=0):
+def small_model(vocabulary=11, kind="Qwen2", seed=0, hidden=32, layers=2):
     """A random model of a few thousand parameters; scaled up, so that its distribution is far from uniform."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=vocabulary, bos_token_id=None, eos_token_id=0, pad_token_id=0)
     if kind == "GPT2":
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, **sizes)
+        config = transformers.GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, n_positions=128, **sizes)
     else:
         config = getattr(transformers, f"{kind}Config")(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=128, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -1361,6 +1362,64 @@ def test_model_without_weights_and_torn_answers(tmp_path, monkeypatch, capsys):
     path.write_text(path.read_text()[:-40])
     capsys.readouterr()
     ends_in_one_line(capsys, evaluate.main, path.name, "line 96", "--overwrite")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan
+
+
+@pytest.mark.parametrize("kind,recompute,budget", [("Qwen2", "yes", 4096), ("Qwen2", "no", 4096), ("Llama", "yes", 1024),
+                                                   ("GPT2", "yes", 2048)])
+def test_plan_is_what_an_update_allocates(kind, recompute, budget):
+    """Weights, gradients, optimizer, reference, activations: two real updates, every allocation counted."""
+    args = settings(tokens_per_microbatch=budget, checkpoint_activations=recompute, engine="transformers", batch=1,
+                    offload_reference=False)
+    make = lambda: small_model(4000, kind, hidden=128, layers=4)
+    rng = random.Random(0)
+    samples = [train.Sample(dict(id=str(i), tokens=[rng.randrange(4000) for _ in range(20)], vstar=0.5, rewards=[1.0]),
+                            Completion([rng.randrange(4000) for _ in range(108)], True, [-1.0] * 108), "", 1.0) for i in range(64)]
+    config = make().config
+    with plan.Live() as live:
+        policy, reference = train.Policy(make(), recompute == "yes"), train.Policy(make()).requires_grad_(False)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        for _ in range(2):
+            known = train.targets(policy, reference, None, samples, args, torch.device("cpu"))
+            train.update(policy, optimizer, samples, known, 64, args, torch.device("cpu"))
+    shape = plan.Shape(config, sum(p.numel() for p in policy.parameters()), 0, 0)
+    parts = plan.memory(shape, args, 1, None, torch.float32, 128)
+    assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
+    assert parts["AdamW (fp32)"] * 2**30 == 8 * shape.total and parts["gathered by FSDP"] == 0
+    assert parts["kept activations"] + parts["head's chunk, or a block at work"] > 0.2 * plan.peak(parts)  # not only weights
+
+
+def test_plan_of_shards_by_hand(tmp_path):
+    """Four GPUs hold a quarter of everything that is sharded; bf16 gathers two bytes a weight and sums gradients in four."""
+    small_model(4000, hidden=128, layers=4).config.save_pretrained(tmp_path)  # the config alone, no weights
+    args = settings(tokens_per_microbatch=1024, checkpoint_activations="auto", engine="vllm", batch=1, offload_reference=False,
+                    model=str(tmp_path), revision=None, gpu_memory=0.5)
+    shape = plan.load_shape(args)
+    # embedding and head of 4000 × 128, and the last norm; a block: 4 attention matrices, 3 biases, 3 of the MLP, 2 norms
+    assert shape.rest == 2 * 4000 * 128 + 128
+    assert shape.block == (2 * 128 * 128 + 2 * 128 * 64) + (128 + 64 + 64) + 3 * 128 * 256 + 2 * 128
+    assert shape.total == shape.rest + 4 * shape.block
+    parts = {name: size * 2**30 for name, size in plan.memory(shape, args, 4, "H100", torch.bfloat16, 128).items()}
+    assert parts["weights (fp32)"] == parts["gradients (fp32)"] == shape.total and parts["AdamW (fp32)"] == 2 * shape.total
+    assert parts["reference"] == shape.total / 2 and parts["sampling"] == 40 * 2**30
+    assert parts["gathered by FSDP"] == 2 * (2 * shape.block + shape.rest) + 6 * (shape.block + shape.rest)
+    assert plan.cache_per_token(shape, torch.bfloat16) == 2 * 4 * 64 * 2  # keys and values, layers, a head of two, bytes
+
+
+def test_plan_says_what_would_fit(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        model_type="qwen2", hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)))
+    planned = lambda *more: run("train.py", f"--model={tmp_path}", *more).stdout
+    assert "7,615,616,512 parameters" in planned("--plan=8xH100") and "it fits" in planned("--plan=8xH100")
+    assert "on 4 GPUs it would" in planned("--plan=1xH100")
+    assert "--gpu_memory 0.2" in planned("--plan=8xH100", "--gpu_memory=0.1")
+    stage1 = run("vstar.py", f"--model={tmp_path}", "--data=math", "--plan=8xH100").stdout
+    assert "14.19 GiB" in stage1 and "it fits" in stage1  # 7.6 billion weights of two bytes
+    assert "--plan 8xT800" in run("train.py", f"--model={tmp_path}", "--plan=8xT800", check=False).stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ from vstar import (
 
 FROM_STAGE1 = ("model", "revision", "suffix", "chat", "temperature", "max_new_tokens")  # V̂* holds for these alone
 MAY_CHANGE = {"out", "steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "tokens_per_microbatch", "batch",
-              "gpu_memory", "checkpoint_activations", "offload_reference", "vstar", "overwrite"}  # between two starts
+              "gpu_memory", "checkpoint_activations", "offload_reference", "vstar", "overwrite", "plan"}  # between two starts
 GROUP = dict(apo=1, ppo=1, rebel=2, grpo=8)  # answers a prompt
 
 
@@ -115,6 +115,7 @@ def parse_args():
     add("--out", type=Path, default=Path("out/run"), help="the folder of this run")
     add("--overwrite", action="store_true", help="throw away what an earlier run left there")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+    add("--plan", nargs="?", const="", metavar="8xH100", help="only print what it would need there (default: here)")
     add = parser.add_argument_group("only the baselines read these (β2 is the weight of their KL to π_ref too)").add_argument
     add("--group", type=int, help="GRPO: answers a prompt; default: 8, as in TRL")
     add("--dr_grpo", action="store_true", help="GRPO: neither divide by the answer's length nor by the rewards' deviation")
@@ -697,6 +698,8 @@ def prepare(args):
 
 def main():
     args = parse_args()
+    if args.plan is not None:
+        return show_plan(args)
     warnings.filterwarnings("ignore", module="torch.distributed|torch.storage|torch.utils._pytree")
     device = own_devices()
     if args.dtype == "auto":
@@ -758,6 +761,19 @@ def main():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def show_plan(args):
+    """What this run would need, from Stage 1's rows or, without them, from the config of --model."""
+    from plan import plan_training
+
+    prompt, answer = 200, None
+    if args.model is None:
+        rows, *_ = prepare(args)
+        prompt = np.mean([len(row["tokens"]) for row in rows])
+        answer = np.mean([row["lengths"] for row in rows])
+    args.max_new_tokens = args.max_new_tokens or 1024
+    plan_training(args, prompt, answer or args.max_new_tokens / 2)
 
 
 @torch.no_grad()

@@ -92,6 +92,7 @@ def parse_args():
     add("--chunk", type=int, default=128, help="prompts that are sampled and saved at a time")
     add("--out", type=Path, default=Path("out/vstar.jsonl"), help="where the rows go; settings and picture beside it")
     add("--overwrite", action="store_true", help="throw away what an earlier run with other settings left there")
+    add("--plan", nargs="?", const="", metavar="8xH100", help="only print what it would need there (default: here)")
     return read_flags(parser, "vstar", "n", "beta1", "chunk", "batch", "max_new_tokens", "limit")
 
 
@@ -535,6 +536,10 @@ def histogram(rows, path):
 
 def main():
     args = parse_args()
+    if args.plan is not None:
+        from plan import plan_stage1
+
+        return plan_stage1(args, args.limit or 1000, 200)
     device = own_devices(args.tensor_parallel)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
