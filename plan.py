@@ -109,10 +109,11 @@ def cache_per_token(shape, dtype):
     return 2 * text.num_hidden_layers * heads * size * dtype.itemsize
 
 
-def forward_flops(shape, tokens, width):
-    """Two per weight and token, and the attention to the tokens before."""
-    text = shape.config.get_text_config()
-    return 2 * shape.total * tokens + 2 * text.num_hidden_layers * text.hidden_size * width * tokens
+def forward_flops(shape, rows, prompt, answer):
+    """Two per token and weight of the blocks, two per answer's token and weight of the head, and the attention to what is before."""
+    text, width = shape.config.get_text_config(), prompt + answer
+    attention = 2 * text.num_hidden_layers * text.hidden_size * width**2  # scores and values, of half the square each
+    return rows * (2 * (shape.total - shape.rest) * width + 2 * text.vocab_size * text.hidden_size * answer + attention)
 
 
 def memory(shape, args, ranks, gpu, dtype, width):
@@ -155,7 +156,7 @@ def step_floor(shape, args, ranks, gpu, dtype, prompt, answer, longest):
     # each token's step reads the weights once for all rows, and each row's keys and values
     sampling = (waves * longest * dtype.itemsize * shape.total + answers * answer * cache * (prompt + answer / 2)) / bandwidth
     tokens = answers * (prompt + answer)
-    forward = forward_flops(shape, tokens, prompt + answer) / flops
+    forward = forward_flops(shape, answers, prompt, answer) / flops
     passes = 4 if args.checkpoint_activations != "no" else 3  # forward, again for the backward pass, and that is twice a forward
     micro = math.ceil(max(1.0, tokens / args.tokens_per_microbatch)) * args.passes
     # FSDP's ring: all weights gathered for the forward and for the backward pass, fp32 gradients summed and spread; π_ref's too

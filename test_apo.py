@@ -5,7 +5,9 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from vstar import Completion, TransformersSampler, estimate_vstar, pass_at_k, pr
 
 HERE = Path(__file__).parent
 REAL = HERE.parent / "shared" / "data"  # real benchmark files, where somebody put them
+LONG = bool(os.environ.get("LONG"))  # more kills, more steps
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no benchmark files in ../shared/data")
 TINY = ["--model=tiny/model", "--data=tiny/train.jsonl", "--suffix=", "--max_new_tokens=64", "--engine=transformers"]
 
@@ -429,8 +432,8 @@ def small_model(vocabulary=11, kind="Qwen2", seed=0, hidden=32, layers=2):
         config = transformers.GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, n_positions=128, **sizes)
     else:
         config = getattr(transformers, f"{kind}Config")(
-            hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, **sizes)
+            hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -1097,6 +1100,125 @@ def test_two_ranks_train_like_one(trained, stage1_whole, tmp_path):
     run(*flags(stage1_whole, mixed, "--steps=4"))
     torchrun(2, *flags(stage1_whole, mixed))
     close(metrics(mixed), metrics(trained[0]))
+
+
+def nodes(count, each, *command):
+    """Several machines, as far as the processes can tell: an agent for each, which meet at an address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", f"--nproc_per_node={each}", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
+    return [subprocess.Popen([*agent, *map(str, command)], cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL) for _ in range(count)]
+
+
+def test_two_nodes_train_like_one(trained, stage1_whole, undisturbed, tmp_path):
+    """Both stages on two nodes; one dies in the middle of Stage 2, and the same commands go on to the same result."""
+    for node in nodes(2, 1, *stage1(tmp_path / "vstar.jsonl", command=lambda *c: c)):
+        assert node.wait(timeout=300) == 0
+    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
+    both = nodes(2, 1, *flags(stage1_whole, tmp_path / "run"))
+    while not (tmp_path / "run/checkpoint/00000002").exists() and all(node.poll() is None for node in both):
+        time.sleep(0.01)
+    os.killpg(both[1].pid, signal.SIGKILL)  # a node is gone
+    assert both[0].wait(timeout=300) != 0  # the other does not wait for ever
+    assert not (tmp_path / "run/model").exists()
+    for node in nodes(2, 1, *flags(stage1_whole, tmp_path / "run")):
+        assert node.wait(timeout=300) == 0
+    close(metrics(tmp_path / "run"), metrics(trained[0]))
+
+
+def test_checkpoints_between_one_two_and_four_ranks(trained, stage1_whole, tmp_path):
+    for count, steps in ((4, 2), (1, 4), (2, 6)):
+        torchrun(count, *flags(stage1_whole, tmp_path, f"--steps={steps}"))
+    close(metrics(tmp_path), metrics(trained[0]))
+
+
+def test_random_kills_over_both_stages(undisturbed, tmp_path):
+    """kill -9 at random moments (five; LONG=1: fifty); the same command, until it ends by itself, leaves the same bits."""
+    rng, kills = random.Random(2), 50 if LONG else 5
+    out = lambda name: tmp_path / name / "vstar.jsonl"
+    both = lambda name: " && ".join(shlex.join([sys.executable, *map(str, command)]) for command in (
+        stage1(out(name), command=lambda *c: c), flags(out(name), tmp_path / name / "run", "--steps=60", "--batch_size=64",
+                                                       "--eval_every=20", "--tokens_per_microbatch=8000")))
+    run("-c", f"import os; os.system({both('whole')!r})")
+    for _ in range(kills):
+        process = subprocess.Popen(both("killed"), shell=True, cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(4, 12))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run("-c", f"import os; os.system({both('killed')!r})")
+    assert out("killed").read_bytes() == out("whole").read_bytes() == undisturbed[0].read_bytes()
+    one, other = (tmp_path / name / "run" for name in ("killed", "whole"))
+    assert metrics(one) == metrics(other) and weights(one) == weights(other)
+
+
+def test_a_long_run_stays_as_small_as_it_began(stage1_whole, tmp_path):
+    """Memory and open files from outside, over 80 steps (LONG=1: a thousand)."""
+    process = subprocess.Popen([sys.executable, *flags(stage1_whole, tmp_path, f"--steps={1000 if LONG else 80}", "--batch_size=64",
+                                                       "--tokens_per_microbatch=8000", "--eval_every=1000", "--save_every=20")],
+                               cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    resident, files, path = [], [], tmp_path / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_text().count("\n") > 10:  # it has begun
+            try:
+                resident.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]))
+                files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+            except OSError:
+                break  # it has just ended
+        time.sleep(0.1)
+    assert process.wait() == 0 and len(resident) > 20
+    fifth = len(resident) // 5
+    assert np.median(resident[-fifth:]) < 1.1 * np.median(resident[fifth : 2 * fifth])
+    assert np.median(files[-fifth:]) <= np.median(files[:fifth]) + 1
+    seconds = [sum(row["seconds"][key] for key in ("sampling", "reference", "update")) / row["length"] for row in map(
+        json.loads, path.read_text().splitlines()) if row["step"]]
+    print("seconds a token, last fifth over second:", np.median(seconds[-(len(seconds) // 5) :]) / np.median(
+        seconds[len(seconds) // 5 : 2 * len(seconds) // 5]))  # pytest -s
+
+
+def test_broken_files_each_end_in_one_line(trained, stage1_whole, tmp_path):
+    """A corrupted line in the middle, a torn checkpoint, a truncated model, a read-only folder: one clear line, nothing lost."""
+    def refused(words, *command):
+        done = run(*command, check=False)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert done.returncode == 2 and "Traceback" not in done.stderr and len(errors) == 1, done.stderr
+        assert all(word in errors[0] for word in words), errors
+
+    lines = stage1_whole.read_text().splitlines()
+    broken = tmp_path / "vstar.jsonl"
+    broken.write_text("\n".join([*lines[:500], lines[500][:40], *lines[501:]]) + "\n")
+    (tmp_path / "vstar.config.json").write_text(stage1_whole.with_suffix(".config.json").read_text())
+    refused(["vstar.jsonl", "line 501"], *flags(broken, tmp_path / "r"))
+    run_of = lambda name: subprocess.run(["cp", "-r", trained[0], tmp_path / name], check=True) and tmp_path / name
+    out = run_of("torn")
+    for shard in (out / "checkpoint/00000006").glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:1000])
+    refused(["00000006", "cannot be read"], *flags(stage1_whole, out, "--steps=8"))
+    assert (out / "checkpoint/00000004").is_dir()
+    out = run_of("metrics")
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join([*rows[:3], "\x00" * 9, *rows[4:]]) + "\n")
+    assert "line 4: not readable" in run(*flags(stage1_whole, out)).stdout
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 4, 5, 6]  # one is lost, and no other
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", HERE / "tiny/model", model], check=True)
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    refused([str(model)], "vstar.py", f"--model={model}", *TINY[1:], f"--out={tmp_path / 'm.jsonl'}")
+    refused(["/proc/out"], *flags(stage1_whole, "/proc/out"))  # nobody may write there
+    parts = tmp_path / "p.parts"
+    process = subprocess.Popen([sys.executable, *stage1(tmp_path / "p.jsonl", command=lambda *c: map(str, c))], cwd=HERE,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(parts.glob("*.jsonl"))) < 2:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    (parts / "000000.jsonl").write_text("{}")
+    refused(["000000.jsonl", "remove it"], *stage1(tmp_path / "p.jsonl", command=lambda *c: c))
+    (parts / "000000.jsonl").unlink()
+    stage1(tmp_path / "p.jsonl")
 
 
 @pytest.mark.parametrize("more", [("--algo=rebel",), ("--algo=grpo", "--group=4", "--minibatches=2"),

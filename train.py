@@ -558,11 +558,11 @@ def read_metrics(args, start):
         return []
     path, history = args.out / "metrics.jsonl", []
     if start and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 history.append(json.loads(line))
-            except ValueError:
-                break  # the torn last line of a killed run
+            except ValueError:  # the torn last line of a killed run, or a broken disk
+                tqdm.write(f"{path}, line {number}: not readable, left out")
     history = [row for row in history if row["step"] <= start]
     write_whole(path, "".join(json.dumps(row) + "\n" for row in history))
     return history

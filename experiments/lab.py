@@ -32,6 +32,26 @@ def add_flags(parser, steps):
     add("--jobs", type=int, default=2, help="untimed runs at a time, each with one thread (1 on GPUs)")
 
 
+# hidden size, layers, heads, heads of keys and values, inner size, tied: Qwen2.5's, and one for trying the scripts
+SHAPES = {"toy": (64, 2, 2, 1, 128, True), "0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True),
+          "7B": (3584, 28, 28, 4, 18944, False)}
+
+
+def random_model(shape):
+    """A Hugging Face folder with random weights in the shape of a Qwen2.5 and the embedded world's tokenizer."""
+    folder = ROOT / f"out/random-{shape}"
+    if not (folder / "tokenizer_config.json").exists():
+        hidden, layers, heads, kv, inner, tied = SHAPES[shape]
+        torch.manual_seed(0)
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+            vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+            intermediate_size=inner, tie_word_embeddings=tied, max_position_embeddings=32768, eos_token_id=0, pad_token_id=0,
+            bos_token_id=None))
+        model.to(torch.bfloat16).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder)
+    return str(folder)
+
+
 def run(args, script, out, done, *flags, threads=None):
     """A script, unless an earlier start of the experiment has run it to its end. → wall-clock seconds"""
     took = out / f"{script}.seconds"

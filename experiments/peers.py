@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab import ROOT, save
+from lab import ROOT, SHAPES, random_model, save
 
 PEERS = ["ours apo", "trl apo", "ours grpo", "trl grpo"]
 
@@ -37,7 +37,7 @@ def main():
     add("--lr", type=float, default=3e-4)
     add("--limit", type=int, default=1024, help="prompts of Stage 1")
     add("--model", default="tiny/model")
-    add("--shape", choices=[*SHAPES, "toy"], help="instead of --model: random weights in the shape of this Qwen2.5")
+    add("--shape", choices=SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
     add("--microbatch", type=int, default=1024, help="TRL's per_device_train_batch_size at most; the rest is accumulated")
     add("--only", nargs="+", default=PEERS, choices=PEERS)
     add("--child", nargs=2, metavar=("PEER", "OUT"), help=argparse.SUPPRESS)
@@ -69,30 +69,12 @@ def main():
         print(f"TRL over ours, {algo}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
 
 
-SHAPES = {"0.5B": (896, 24, 14, 2, 4864, True), "1.5B": (1536, 28, 12, 2, 8960, True), "7B": (3584, 28, 28, 4, 18944, False)}
-
-
-def random_model(shape, folder):
-    """A Hugging Face folder of the shape with random weights and the embedded world's tokenizer."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-    hidden, layers, heads, kv, inner, tied = SHAPES.get(shape, (64, 2, 2, 1, 128, True))
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                                         num_key_value_heads=kv, intermediate_size=inner, tie_word_embeddings=tied,
-                                         max_position_embeddings=32768, eos_token_id=0, pad_token_id=0, bos_token_id=None))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder)
-
-
 def child(args):
     """One peer, measured from inside its process."""
     peer, out = args.child
     code, algo = peer.split()
     if args.shape:
-        args.model = str(ROOT / f"out/peers/model-{args.shape}")
-        if not Path(args.model, "config.json").exists():
-            random_model(args.shape, args.model)
+        args.model = random_model(args.shape)
     sys.path.insert(0, str(ROOT))
     result = (ours if code == "ours" else theirs)(args, algo, out)
     if not args.shape:
