@@ -110,7 +110,7 @@ def cache_per_token(shape, dtype):
 
 
 def forward_flops(shape, rows, prompt, answer):
-    """Two per token and weight of the blocks, two per answer's token and weight of the head, and the attention to what is before."""
+    """Two per token and weight of the blocks, two per token of an answer and weight of the head, and the attention."""
     text, width = shape.config.get_text_config(), prompt + answer
     attention = 2 * text.num_hidden_layers * text.hidden_size * width**2  # scores and values, of half the square each
     return rows * (2 * (shape.total - shape.rest) * width + 2 * text.vocab_size * text.hidden_size * answer + attention)
