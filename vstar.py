@@ -243,6 +243,12 @@ class TransformersSampler:
         tokens, logps, lengths, finished = tokens.tolist(), logps.tolist(), lengths.tolist(), finished.tolist()
         return [Completion(tokens[i][: lengths[i]], finished[i], logps[i][: lengths[i]]) for i in range(count)]
 
+    def stream(self, chunks, n):
+        """[(prompts, seeds)] → (the chunk's number, its answers), as they are done. Finished rows leave, so no chunk has an idle
+        tail; rows that take their place would all share the longest row's width, which was measured and is slower."""
+        for number, (prompts, seeds) in enumerate(chunks):
+            yield number, self.generate(prompts, n, seeds)
+
     def load(self, named_tensors): ...  # it samples from the model that is being trained
 
     def sleep(self): ...
@@ -275,14 +281,27 @@ class VLLMSampler:
                              stop_token_ids=eos, detokenize=False, logprobs=0 if logps else None)
 
     def generate(self, prompts, n, seeds):
+        return next(self.stream([(prompts, seeds)], n), (0, []))[1]
+
+    def stream(self, chunks, n):
+        """[(prompts, seeds)] → (the chunk's number, its answers), as they are done: all in one queue, so that the batch is full
+        until the end."""
         import vllm
 
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [vllm.SamplingParams(n=n, seed=seed, **self.sampling) for seed in seeds],
-            use_tqdm=False,
-        )
-        return [[self.completion(answer) for answer in output.outputs] for output in outputs]
+        engine, answers = self.llm.llm_engine, [[None] * len(prompts) for prompts, _ in chunks]
+        left = [len(prompts) for prompts, _ in chunks]
+        for number, (prompts, seeds) in enumerate(chunks):
+            for place, (prompt, seed) in enumerate(zip(prompts, seeds)):
+                engine.add_request(f"{number} {place}", {"prompt_token_ids": prompt}, vllm.SamplingParams(
+                    n=n, seed=seed, output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY, **self.sampling))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    number, place = map(int, output.request_id.split())
+                    answers[number][place] = [self.completion(answer) for answer in output.outputs]
+                    left[number] -= 1
+                    if left[number] == 0:
+                        yield number, answers[number]
 
     @staticmethod
     def completion(answer):
@@ -616,10 +635,10 @@ def sample_chunks(args, sampler, tokenizer, mine):
     bar = tqdm(total=total, initial=total - left, unit="prompt", disable=RANK > 0,
                desc=f"sampling (1 of {WORLD} shares)" if WORLD > 1 else "sampling")
     start, tokens, right, answers = time.time(), 0, 0.0, 0
-    for chunk, path in work:
-        completions = sampler.generate([problem["tokens"] for problem in chunk], args.n,
-                                       [prompt_seed(args.seed, problem["id"]) for problem in chunk])
-        lines = []
+    asked = [([problem["tokens"] for problem in chunk], [prompt_seed(args.seed, problem["id"]) for problem in chunk])
+             for chunk, _ in work]
+    for number, completions in sampler.stream(asked, args.n):
+        (chunk, path), lines = work[number], []
         for problem, copies in zip(chunk, completions):
             responses = [tokenizer.decode(copy.tokens, skip_special_tokens=True) for copy in copies]
             rewards = [reward(text, problem["answer"], copy.finished) for text, copy in zip(responses, copies)]

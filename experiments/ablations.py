@@ -21,7 +21,7 @@ LABELS = dict(samples="N", beta1="β1", beta2="β2", filter="--filter_unsolved")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_flags(parser, steps=50)
+    add_flags(parser, steps=40, seeds=3)
     args = parser.parse_args()
     side_by_side(args, [lambda s=s: stage1(args, f"out/ablations/stage1/{s}", "--samples=32", f"--seed={s}", threads=1)
                         for s in range(args.seeds)])

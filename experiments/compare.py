@@ -27,7 +27,7 @@ PAPER = dict(ppo=[(10.84, 42.64, .151, 57.0), (13.59, 54.95, .111, 65.8), (20.53
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_flags(parser, steps=60)
+    add_flags(parser, steps=50)
     parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3"], help="the sweep's (a critic's is ten times that)")
     parser.add_argument("--betas", nargs="+", default=["0.01", "0.1"], help="the sweep's weights of the KL")
     parser.add_argument("--reach", type=float, default=0.80, help="the accuracy to which the time is taken")

@@ -44,8 +44,7 @@ def problems(path, count, digits, operator, seed, but=()):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_flags(parser, steps=50)
-    parser.set_defaults(seeds=3)
+    add_flags(parser, steps=40, seeds=3)
     args = parser.parse_args()
     folder = ROOT / "out/hard"
     unsolvable = unsolved_prompts(args, folder)

@@ -21,14 +21,14 @@ COLOURS = dict(apo="tab:red", grpo="tab:blue", rebel="tab:green", ppo="tab:orang
 NAMES = dict(apo="A*-PO", grpo="GRPO", rebel="REBEL", ppo="PPO")
 
 
-def add_flags(parser, steps):
+def add_flags(parser, steps, seeds=5):
     """Toy size by default; --stage1, --train and --launch make it a real model on real GPUs."""
     add = parser.add_argument
     add("--stage1", default="@tiny/vstar.args", help="vstar.py's flags")
     add("--train", default="@tiny/train.args", help="train.py's flags, before those that the experiment varies")
     add("--launch", default=sys.executable, help="what starts a script, for example 'torchrun --nproc_per_node 8'")
     add("--steps", type=int, default=steps)
-    add("--seeds", type=int, default=5)
+    add("--seeds", type=int, default=seeds)
     add("--jobs", type=int, default=2, help="untimed runs at a time, each with one thread (1 on GPUs)")
 
 
