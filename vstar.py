@@ -368,8 +368,9 @@ def own_devices(gpus_each=1):
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpus(seen, LOCAL_RANK, gpus_each)
         if seen != "" and shutil.which("nvidia-smi") and torch.cuda.device_count() < gpus_each:
             fail(f"process {LOCAL_RANK} of this node finds no GPU left: lower --nproc_per_node or --tensor_parallel")
-        # torchrun would leave each process one core
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        # torchrun would leave each process one core; a scheduler may have given this node not all of the machine's
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.init()  # or a device mesh would choose GPU number LOCAL_RANK of the one that is left
