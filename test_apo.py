@@ -1176,7 +1176,7 @@ def test_a_long_run_stays_as_small_as_it_began(stage1_whole, tmp_path):
     assert process.wait() == 0 and len(resident) > 20
     fifth = len(resident) // 5
     assert np.median(resident[-fifth:]) < 1.1 * np.median(resident[fifth : 2 * fifth])
-    assert np.median(files[-fifth:]) <= np.median(files[:fifth]) + 1
+    assert np.median(files[-fifth:]) <= np.median(files[2 * fifth : 3 * fifth])  # the first save opens some for good
     seconds = [sum(row["seconds"][key] for key in ("sampling", "reference", "update")) / row["length"] for row in map(
         json.loads, path.read_text().splitlines()) if row["step"]]
     print("seconds a token, last fifth over second:", np.median(seconds[-(len(seconds) // 5) :]) / np.median(
@@ -1540,7 +1540,8 @@ def test_plan_says_what_would_fit(tmp_path):
         model_type="qwen2", hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
         intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)))
     planned = lambda *more: run("train.py", f"--model={tmp_path}", *more).stdout
-    assert "7,615,616,512 parameters" in planned("--plan=8xH100") and "it fits" in planned("--plan=8xH100")
+    said = planned("--plan=8xH100")
+    assert "7,615,616,512 parameters" in said and "it fits" in said
     assert "on 4 GPUs it would" in planned("--plan=1xH100")
     assert "--gpu_memory 0.2" in planned("--plan=8xH100", "--gpu_memory=0.1")
     stage1 = run("vstar.py", f"--model={tmp_path}", "--data=math", "--plan=8xH100").stdout

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from rewards import encode, fail, load_problems, make_prompt, reward, suffix_of
@@ -405,7 +406,7 @@ def load_tokenizer(args):
 def load_model(args, device, dtype):
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         fail(f"--model {args.model}: {error}")
     return model.to(device).eval()
 
