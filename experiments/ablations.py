@@ -71,6 +71,7 @@ def picture(results):
         axes[1, column].set_xlabel(LABELS[name])
     for axis in axes[:, 0]:
         axis.legend(frameon=False)
+    axes[1, 0].set_yscale("log")
     figure.savefig(HERE / "ablations.png", dpi=110)
 
 

@@ -3,7 +3,8 @@
     python experiments/hard.py               → experiments/hard.json, hard.png               (on a CPU; makes its own π_ref)
 
 First part: of 1,024 training prompts a growing share is replaced by sums of seven and eight digits, which the embedded π_ref
-(two to four digits) practically never solves; with and without --filter_unsolved, equally many steps, the same held-out problems.
+(two to four digits) practically never solves; with and without --filter_unsolved, and with a weaker pull to π_ref; equally many
+steps, the same held-out problems.
 Second part: a π_ref that adds and subtracts two to six digits learns from additions of two to four alone, by A*-PO and by GRPO;
 what becomes of longer sums and of subtraction, with V̂* from N answers, and (in place of it) the mean reward, β1 = inf?
 Restartable: what is in out/hard/ already is not run again.
@@ -23,6 +24,7 @@ import numpy as np
 from lab import HERE, ROOT, accuracies, add_flags, mean_sd, pm, run, save, side_by_side, stage1, train
 
 SHARES = [0.0, 0.25, 0.5, 0.75, 0.95]
+VARIANTS = {"all prompts": [], "β2 = 0.01": ["--beta2=0.01"], "filtered": ["--filter_unsolved"]}  # β2 is 0.1 otherwise
 WORLD = "--operators + - --digits 2 3 4 5 6 --hidden 128 --steps 4000"
 
 
@@ -65,10 +67,9 @@ def unsolved_prompts(args, folder):
         return stage1(args, folder / f"stage1/{share}-{seed}", f"--data={folder}/share-{share}.jsonl", "--max_new_tokens=96",
                       f"--seed={seed}", threads=1)
 
-    def one(share, filtered, seed):
-        first = reference(share, seed)
-        rows = train(args, folder / f"share-{share}-{filtered}-{seed}", first, *["--filter_unsolved"] * filtered,
-                     f"--seed={seed}", "--eval_every=5", threads=1)
+    def one(share, variant, seed):
+        out = folder / f"share-{share}-{variant.replace(' ', '')}-{seed}"
+        rows = train(args, out, reference(share, seed), *VARIANTS[variant], f"--seed={seed}", "--eval_every=5", threads=1)
         mean = lambda key, some=rows[-10:]: float(np.mean([row[key] for row in some]))
         return dict(accuracy=accuracies(rows)[-1], unsolved=mean("unsolved"), vstar=mean("vstar"), reward=mean("reward"),
                     loss=mean("loss"), loss_first=mean("loss", rows[1:11]), kl=mean("kl"), length=mean("length"),
@@ -76,14 +77,14 @@ def unsolved_prompts(args, folder):
                     curve=[[row["step"], row["accuracy"]] for row in rows if "accuracy" in row])
 
     side_by_side(args, [lambda x=x: reference(*x) for x in product(SHARES, range(args.seeds))])
-    runs = list(product(SHARES, (0, 1), range(args.seeds)))
+    runs = list(product(SHARES, VARIANTS, range(args.seeds)))
     found = dict(zip(runs, side_by_side(args, [lambda r=r: one(*r) for r in runs])))
     results = {}
     for share in SHARES:
-        for filtered in (0, 1):
-            some = [found[share, filtered, seed] for seed in range(args.seeds)]
+        for variant in VARIANTS:
+            some = [found[share, variant, seed] for seed in range(args.seeds)]
             row = {key: mean_sd([one[key] for one in some]) for key in some[0] if key != "curve"}
-            label = f"{share:.0%} long" + (", filtered" if filtered else "")
+            label = f"{share:.0%} long, {variant}"
             results[label] = dict(row, curve=np.mean([one["curve"] for one in some], axis=0).round(4).tolist())
             print(f"{label:22s} accuracy {pm(row['accuracy'])}   V̂* {pm(row['vstar'])}   loss {pm(row['loss_first'])} → "
                   f"{pm(row['loss'])}   KL {pm(row['kl'], 2)}   length {pm(row['length'], 1)}   {row['seconds'][0]:.0f} s")
@@ -125,14 +126,15 @@ def other_problems(args, folder):
 
 def picture(unsolvable, transfer):
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-    for filtered, style in ((0, "o-"), (1, "s--")):
-        rows = [unsolvable[f"{share:.0%} long" + (", filtered" if filtered else "")] for share in SHARES]
-        label = "filtered" if filtered else "all prompts"
+    for variant, style in zip(VARIANTS, ("o-", "^:", "s--")):
+        rows = [unsolvable[f"{share:.0%} long, {variant}"] for share in SHARES]
         titles = dict(accuracy="held-out accuracy", vstar="mean V̂* of the prompts used", loss="loss, last ten steps")
         for axis, (key, title) in zip(axes, titles.items()):
             means, deviations = zip(*(row[key] for row in rows))
-            axis.errorbar(SHARES, means, [deviation or 0 for deviation in deviations], fmt=style, capsize=3, label=label)
-            axis.set(title=title, xlabel="share of prompts with v_ref ≈ 0", ylim=(0, None))
+            axis.errorbar(SHARES, means, [deviation or 0 for deviation in deviations], fmt=style, capsize=3, label=variant)
+            axis.set(title=title, xlabel="share of prompts with v_ref ≈ 0")
+    for axis in axes[:3]:
+        axis.set_ylim(bottom=0)
     axes[0].legend(frameon=False)
     names, kinds = dict(trained="+, 2–4 digits\n(trained on)", longer="+, 5–6 digits", minus="−, 2–4 digits"), dict(
         before="π_ref", apo="A*-PO", mean="A*-PO, β1 = inf", grpo="GRPO")

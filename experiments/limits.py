@@ -91,7 +91,7 @@ def profiled(args, call):
 def decode(args, model, shape, dtype, bandwidth):
     """All rows write all tokens, so that the work is known."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(1, 20) for _ in range(args.prompt)] for _ in range(args.batch)]
+    prompts = [[rng.randrange(1, 19) for _ in range(args.prompt)] for _ in range(args.batch)]
     sampler = vstar.TransformersSampler(model, [-1], args.tokens, 1.0, args.batch)
     call = lambda: sampler.generate(prompts, 1, list(range(args.batch)))
     whole, inside, forward = seconds_of(call, args.rounds), [], model.forward
@@ -121,7 +121,7 @@ def decode(args, model, shape, dtype, bandwidth):
 
 def update(args, model, shape, dtype, flops):
     rng = random.Random(0)
-    answer = vstar.Completion([rng.randrange(1, 20) for _ in range(args.tokens)], True, [-1.0] * args.tokens)
+    answer = vstar.Completion([rng.randrange(1, 19) for _ in range(args.tokens)], True, [-1.0] * args.tokens)
     samples = [train.Sample(dict(id=str(i), tokens=[1] * args.prompt, vstar=0.5, rewards=[1.0]), answer, "", 1.0)
                for i in range(args.rows)]
     settings = SimpleNamespace(algo="apo", tokens_per_microbatch=args.budget, temperature=1.0, beta2=0.1, clip=1.0)
