@@ -71,7 +71,7 @@ def load_shape(args):
     return Shape(config, count(model), max(blocks, default=0), count(model) - sum(blocks))
 
 
-def activations(shape, dtype, rows, width, recompute):
+def activations(shape, dtype, rows, width, recompute, gpu):
     """Bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; and of these what is kept
     from the forward pass for the backward pass, and what the head's chunk adds to that."""
     from train import Policy, checkpoint
@@ -87,9 +87,9 @@ def activations(shape, dtype, rows, width, recompute):
         kept = live.now - held
         live.most = live.now
         leaf = hidden.detach().reshape(-1, hidden.shape[-1]).requires_grad_()
-        targets = ids.reshape(-1)
+        targets, chunk = ids.reshape(-1), policy.chunk(gpu)
         torch.cat([checkpoint(policy.head, s, t, 1.0, use_reentrant=False)
-                   for s, t in zip(leaf.split(Policy.CHUNK), targets.split(Policy.CHUNK))]).sum().backward()
+                   for s, t in zip(leaf.split(chunk), targets.split(chunk))]).sum().backward()
         head = live.most - held - kept
         live.most, gradient = live.now, leaf.grad
         hidden.backward(gradient.view_as(hidden))
@@ -97,9 +97,9 @@ def activations(shape, dtype, rows, width, recompute):
 
 
 def sampler_bytes(shape, dtype, rows, width):
-    """The transformers engine: keys and values of all rows at their longest, and a step's probabilities."""
+    """The transformers engine: keys and values of all rows at their longest, and two steps' logits."""
     text = shape.config.get_text_config()
-    return rows * (width * cache_per_token(shape, dtype) + text.vocab_size * (dtype.itemsize + 20))
+    return rows * (width * cache_per_token(shape, dtype) + text.vocab_size * (3 * dtype.itemsize + 4))
 
 
 def cache_per_token(shape, dtype):
@@ -123,7 +123,7 @@ def memory(shape, args, ranks, gpu, dtype, width):
         args.checkpoint_activations == "auto" and gpu is not None)
     learners = 2 if args.algo == "ppo" else 1
     rows = max(1, args.tokens_per_microbatch // width)
-    most, kept, head = activations(shape, dtype, rows, width, recompute)
+    most, kept, head = activations(shape, dtype, rows, width, recompute, gpu is not None)
     b = dtype.itemsize
     # FSDP: a block and the next are gathered, and what lies in no block; their gradients wait in `dtype` and fp32 for the sum
     gathered = (b * (2 * block + rest) + (b + 4) * (block + rest)) if sharded else 0

@@ -472,6 +472,29 @@ def test_samples_follow_the_softmax(temperature):
     assert chi_square(np.bincount(first, minlength=11), np.full(11, 1 / 11)) > 20  # the test can fail
 
 
+@pytest.mark.parametrize("vocabulary", [3, 128, 1000, 151936])
+def test_draw_is_the_inverse_cdf(vocabulary):
+    """In two steps it finds what one running sum over all probabilities finds; tokens without probability never come."""
+    torch.manual_seed(0)
+    rows = 500 if vocabulary < 10_000 else 100
+    logits = 3 * torch.randn(rows, vocabulary)
+    logits[:, torch.randperm(vocabulary)[: vocabulary // 2]] = -math.inf
+    uniform = torch.rand(rows, dtype=torch.float64)
+    uniform[:4] = torch.tensor([0.0, 0.0, 1 - 1e-12, 1 - 1e-12], dtype=torch.float64)
+    for temperature in (1.0, 0.5):
+        token, logp = vstar.draw(logits, uniform, temperature)
+        exact = (logits.double() / temperature).log_softmax(-1)
+        torch.testing.assert_close(logp.double(), exact.gather(-1, token[:, None])[:, 0], atol=1e-5, rtol=0)
+        cdf = exact.exp().cumsum(-1)
+        before = torch.where(token > 0, cdf.gather(-1, (token[:, None] - 1).clamp(min=0))[:, 0], 0)
+        assert (before - 1e-6 <= uniform).all() and (uniform <= cdf.gather(-1, token[:, None])[:, 0] + 1e-6).all()
+        naive = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        assert (naive == token).float().mean() > 0.98  # sums in fp32 move the borders by about 1e-7
+    greedy, logp = vstar.draw(logits, uniform, 0)
+    assert greedy.equal(logits.argmax(-1))
+    torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama", "GPT2"])
 def test_batch_equals_one_by_one(kind):
     """Left padding, positions, rows that leave: an answer does not depend on its neighbours or their order."""
@@ -785,7 +808,7 @@ def naive_loss(args, samples, new, old, ref, value, old_value):
 def test_update_is_naive_autograd_on_one_big_batch(algo, kind, temperature, recompute, more, monkeypatch):
     """Chunked head, recomputation, packing, any token budget: the loss and the step of one undivided batch. The policy is
     not the one that wrote the answers, so ratios are clipped."""
-    monkeypatch.setattr(train.Policy, "CHUNK", 7)
+    monkeypatch.setattr(train.Policy, "chunk", lambda *_: 7)
     samples = some_samples(24)
     args = settings(algo, temperature=temperature, passes=2, **more)
     naive, old, reference = small_model(kind=kind), small_model(kind=kind, seed=1), small_model(kind=kind, seed=2)
@@ -935,7 +958,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_vocabulary_times_batch(monkeypatch):
-    monkeypatch.setattr(train.Policy, "CHUNK", 16)
+    monkeypatch.setattr(train.Policy, "chunk", lambda *_: 16)
     vocabulary, samples = 150_000, some_samples(64, vocabulary=150_000)
     policy = train.Policy(small_model(vocabulary))
     args = settings()

@@ -168,6 +168,30 @@ def prompt_seed(seed, key):
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode("utf-8", "replace"), digest_size=7).digest(), "big")
 
 
+def draw(logits, uniform, temperature, block=128):
+    """A token for each row and its ln π; logits (rows, vocabulary), uniform (rows,) fp64 in [0, 1).
+
+    Inverse CDF: the first token at which the running sum of probabilities passes the row's number. It is found in two steps, the
+    block of tokens and then the token in it, because running over 152k tokens in fp64 would cost more than the model.
+    """
+    padding = (0, -logits.shape[-1] % block)
+    scores = torch.nn.functional.pad(logits, padding, value=-math.inf).float().div_(temperature or 1.0)  # a copy, changed in place
+    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, block))  # (rows, blocks, block) fp32
+    of_block = weights.sum(-1).double()  # (rows, blocks)
+    until = of_block.cumsum(-1)
+    total = until[:, -1:]
+    if temperature == 0:
+        token = logits.argmax(-1, keepdim=True)
+    else:
+        wanted = uniform[:, None] * total
+        which = torch.searchsorted(until, wanted, right=True)  # (rows, 1)
+        inside = weights[torch.arange(len(weights), device=logits.device), which[:, 0]].double().cumsum(-1)  # (rows, block)
+        # how far into the block, as a share of it: sums in fp32 and in fp64 differ in the last digits
+        share = 1 - (until.gather(-1, which) - wanted) / of_block.gather(-1, which)
+        token = which * block + torch.searchsorted(inside, share.clamp(min=0) * inside[:, -1:], right=True)
+    return token[:, 0], (scores.gather(-1, token) / total).log().float()[:, 0]
+
+
 class TransformersSampler:
     """A decode loop over any transformers causal language model: no second copy of the weights, no second process.
 
@@ -218,15 +242,9 @@ class TransformersSampler:
         finished = torch.zeros(count, dtype=torch.bool, device=device)
         rows = torch.arange(count, device=device)  # which answer each row of the batch is writing
         for t in range(limit):
-            logp = (logits.float() / (self.temperature or 1.0)).log_softmax(-1)  # (rows, vocabulary) fp32
-            if self.temperature == 0:
-                token = logp.argmax(-1, keepdim=True)
-            else:  # inverse CDF: the first token at which the running sum of probabilities passes the row's number
-                cdf = logp.double().exp().cumsum(-1)
-                token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
-            tokens[rows, t] = token[:, 0]
-            logps[rows, t] = logp.gather(-1, token)[:, 0]
-            ends = torch.isin(token[:, 0], self.eos) & ~finished[rows]
+            token, logps[rows, t] = draw(logits, uniforms[rows, t], self.temperature)
+            tokens[rows, t] = token
+            ends = torch.isin(token, self.eos) & ~finished[rows]
             lengths[rows[ends]] = t + 1
             finished[rows[ends]] = True
             writing = ~finished[rows]
@@ -239,7 +257,7 @@ class TransformersSampler:
                 rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions + 1
-            logits = self.model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache,
+            logits = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
                                 use_cache=True, logits_to_keep=1).logits[:, -1]
         tokens, logps, lengths, finished = tokens.tolist(), logps.tolist(), lengths.tolist(), finished.tolist()
         return [Completion(tokens[i][: lengths[i]], finished[i], logps[i][: lengths[i]]) for i in range(count)]

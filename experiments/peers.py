@@ -6,8 +6,9 @@
 
 A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its own, and in every
 round the order changes. Seconds are those of the work alone (no imports, no loading): Stage 1, and Stage 2 a step, the first
-step left out. The memory is what an update needs beyond what was held before it: on a CPU the growth of the peak RSS, on a GPU
-of the peak allocation. Accuracy: evaluate.py on the finished model.
+step left out. The memory is what an update needs beyond what was held before it: on a GPU the growth of the peak allocation, on a
+CPU that of the peak RSS, in a short run of its own whose malloc gives back at once what is freed. Accuracy: evaluate.py on the
+finished model.
 """
 
 import argparse
@@ -47,26 +48,37 @@ def main():
     found = {peer: [] for peer in args.only}
     for turn in range(args.rounds):
         for peer in args.only if turn % 2 == 0 else args.only[::-1]:
-            out = ROOT / f"out/peers/{args.shape or 'tiny'}/{peer.replace(' ', '-')}-{turn}"
-            if not (out / "result.json").exists():
-                out.mkdir(parents=True, exist_ok=True)
-                with open(out / "log", "w") as log:
-                    command = [sys.executable, __file__, *sys.argv[1:], "--child", peer, str(out)]
-                    code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-                if code:
-                    sys.exit(f"{peer} failed; see {out}/log")
-            found[peer].append(json.loads((out / "result.json").read_text()))
-            print(turn, peer, {key: round(value, 4) for key, value in found[peer][-1].items()}, flush=True)
+            found[peer].append(one(args, peer, turn))
     middle = {peer: {key: float(np.median([run[key] for run in runs])) for key in runs[0]} for peer, runs in found.items()}
+    if not torch.cuda.is_available():
+        for peer in args.only:
+            frugal = one(args, peer, "memory", "--steps=4", MALLOC_MMAP_THRESHOLD_="65536")
+            middle[peer]["update_memory_mb"] = frugal["update_memory_mb"]
     ratios = {}
     for algo in ("apo", "grpo"):
         if f"ours {algo}" in middle and f"trl {algo}" in middle:
             ours, theirs = middle[f"ours {algo}"], middle[f"trl {algo}"]
             ratios[algo] = {key: round(theirs[key] / ours[key], 3) for key in ours if key in theirs and ours[key]}
-    lines = dict(ours=2, trl=len(inspect.getsource(trl_a2po).splitlines()) - 1)
+    written = [line.strip() for part in (trl_a2po, settings, load, problems_of, right)
+               for line in inspect.getsource(part).splitlines()[1:]]
+    lines = dict(ours=2, trl=sum(bool(line) and line[0] not in "#\"" for line in written))
     save("peers" + (f"-{args.shape}" if args.shape else ""), medians=middle, trl_over_ours=ratios, lines_a_user_writes=lines)
     for algo, row in ratios.items():
         print(f"TRL over ours, {algo}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+
+
+def one(args, peer, turn, *flags, **environment):
+    out = ROOT / f"out/peers/{args.shape or 'tiny'}/{peer.replace(' ', '-')}-{turn}"
+    if not (out / "result.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "log", "w") as log:
+            command = [sys.executable, __file__, *sys.argv[1:], *flags, "--child", peer, str(out)]
+            run = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
+        if run.returncode:
+            sys.exit(f"{peer} failed; see {out}/log")
+    result = json.loads((out / "result.json").read_text())
+    print(turn, peer, {key: float(f"{value:.3g}") for key, value in result.items()}, flush=True)
+    return result
 
 
 def child(args):

@@ -29,7 +29,7 @@ def main():
         transformers.Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
                                  intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=tied).save_pretrained(folder)
         shape = plan.load_shape(Namespace(model=str(folder), revision=None))
-        of_all = plan.activations(shape, torch.bfloat16, 13, 1224, True)
+        of_all = plan.activations(shape, torch.bfloat16, 13, 1224, True, True)
         found = dict(activations=lambda *_, of_all=of_all: of_all)  # the same for every count
         for gpu in ("H100", "H200"):
             for count in COUNTS:
