@@ -34,6 +34,7 @@ from vstar import (
     add_model_flags,
     ask,
     check_settings,
+    contents,
     load_model,
     load_tokenizer,
     make_sampler,
@@ -194,7 +195,8 @@ def main():
             path = args.out / (re.sub(r"[^\w.-]+", "_", f"{model}--{data}").strip("_.") + ".jsonl")
             settings = dict(model=model, revision=args.revision, dtype=args.dtype, data=data, split=args.split, limit=args.limit,
                             suffix=suffix, chat=args.chat, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                            n=args.n, seed=args.seed, engine=engine, chunk=args.chunk, tokens=args.keep_tokens)
+                            n=args.n, seed=args.seed, engine=engine, chunk=args.chunk, tokens=args.keep_tokens,
+                            **contents(model, problems))
             work.append((model, data, path, problems, settings, tokenizer, eos))
     if RANK == 0:
         for *_, path, _, settings, _, _ in work:

@@ -11,7 +11,8 @@ import argparse
 import math
 import re
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import transformers
@@ -52,7 +53,8 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-class Shape(NamedTuple):
+@dataclass(eq=False)
+class Shape:
     config: transformers.PretrainedConfig
     total: int  # parameters
     block: int  # of the largest block
@@ -71,6 +73,7 @@ def load_shape(args):
     return Shape(config, count(model), max(blocks, default=0), count(model) - sum(blocks))
 
 
+@cache
 def activations(shape, dtype, rows, width, recompute, gpu):
     """Bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; and of these what is kept
     from the forward pass for the backward pass, and what the head's chunk adds to that."""
@@ -118,7 +121,7 @@ def forward_flops(shape, rows, prompt, answer):
 
 def memory(shape, args, ranks, gpu, dtype, width):
     """GiB on each process in Stage 2: {part: GiB}; `gpu` is a name in GPUS or None."""
-    total, block, rest = shape[1:]
+    total, block, rest = shape.total, shape.block, shape.rest
     sharded, recompute = dtype != torch.float32 or ranks > 1, args.checkpoint_activations == "yes" or (
         args.checkpoint_activations == "auto" and gpu is not None)
     learners = 2 if args.algo == "ppo" else 1
@@ -206,31 +209,32 @@ def plan_training(args, prompt, answer):
 def remedy(shape, args, ranks, gpu, dtype, width):
     """Does it fit, and up to which --tokens_per_microbatch? If not, what would make it fit?"""
 
-    def needs(count=ranks, **changes):
-        return peak(memory(shape, argparse.Namespace(**{**vars(args), **changes}), count, gpu, dtype, width)) + OVERHEAD
-
     room, vllm, weights = GPUS[gpu][0], args.engine != "transformers", dtype.itemsize * shape.total / 2**30
+
+    def parts(count=ranks, **changes):
+        return memory(shape, argparse.Namespace(**{**vars(args), **changes}), count, gpu, dtype, width)
+
+    def fits(count=ranks, **changes):
+        share = changes.get("gpu_memory", args.gpu_memory)
+        return peak(parts(count, **changes)) + OVERHEAD <= room and (not vllm or share * room >= 1.05 * weights)
+
     if weights + OVERHEAD > room:
         return f"it does not fit: for sampling each GPU holds the whole model, which is {weights:.0f} GiB"
-    if vllm and args.gpu_memory * room < 1.05 * weights:
-        return (f"it does not fit: vLLM's share of each GPU (--gpu_memory {args.gpu_memory}) is less than the model's "
-                f"{weights:.0f} GiB; try --gpu_memory {min(0.95, math.ceil(125 * weights / room) / 100)}")
-    now = needs()
-    if now <= room:
-        slope = (needs(tokens_per_microbatch=4 * args.tokens_per_microbatch) - now) / 3 / args.tokens_per_microbatch
-        budget = args.tokens_per_microbatch + (room - now) / slope if slope else math.inf
+    if fits():
+        update = lambda budget: peak(dict(parts(tokens_per_microbatch=budget), sampling=0)) + OVERHEAD
+        slope = (update(4 * args.tokens_per_microbatch) - update(args.tokens_per_microbatch)) / 3 / args.tokens_per_microbatch
+        budget = args.tokens_per_microbatch + (room - update(args.tokens_per_microbatch)) / slope if slope else math.inf
         return "it fits" + (f"; so would about --tokens_per_microbatch {budget:,.0f}" if budget < 2**20 else "")
     smaller = dict(tokens_per_microbatch=width)
-    least = min(args.gpu_memory, math.ceil(125 * weights / room) / 100)  # the model and a quarter for keys and values
-    fewer = dict(gpu_memory=least) if vllm else dict(batch=max(1, args.batch // 8))
-    for changes in (dict(checkpoint_activations="yes"), smaller, fewer, {**smaller, **fewer}, dict(offload_reference=True),
-                    {**smaller, **fewer, "offload_reference": True}):  # from the cheapest to the dearest
-        if needs(**changes) <= room:
-            return "it does not fit; it would with " + " ".join(f"--{key}" + (f" {value}" if value is not True else "")
-                                                               for key, value in changes.items())
-    for count in (2**k for k in range(1, 11)):
-        if count > ranks and needs(count) <= room:
-            return f"it does not fit; on {count} GPUs it would"
+    # the model and a tenth for keys and values
+    other = dict(gpu_memory=math.ceil(110 * weights / room) / 100) if vllm else dict(batch=max(1, args.batch // 8))
+    cheapest_first = [dict(checkpoint_activations="yes"), smaller, other, {**smaller, **other}, dict(offload_reference=True),
+                      {**smaller, **other, "offload_reference": True}]
+    more = [(count, changes) for count in (2**k for k in range(1, 11)) if count > ranks for changes in ({}, other)]
+    for count, changes in [(ranks, changes) for changes in cheapest_first] + more:
+        if fits(count, **changes):
+            named = [f"--{key}" + (f" {value}" if value is not True else "") for key, value in changes.items()]
+            return "it does not fit; it would with " + " ".join([f"{count} GPUs"] * (count > ranks) + named)
     return "it does not fit, on any number of GPUs: what is gathered at a time is too large. A smaller model or larger GPUs"
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -621,6 +622,30 @@ def test_changed_settings_are_refused_by_name(undisturbed, monkeypatch, capsys):
     ends_in_one_line(capsys, lambda: main(*flags, monkeypatch=monkeypatch),
                      "--n (was 8, now 4)", "--beta1 (was 0.5, now 1.0)", "--overwrite")
     assert out.read_bytes() == before
+
+
+def test_what_stands_behind_the_names_may_not_change(tmp_path, monkeypatch, capsys):
+    """A model that was trained anew in the same folder, or an edited file of problems: old answers are not taken for theirs."""
+    shutil.copytree(HERE / "tiny/model", tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join((HERE / "tiny/train.jsonl").read_text().splitlines(keepends=True)[:4]))
+    stage1 = lambda: main(f"--model={tmp_path}/model", f"--data={data}", f"--out={tmp_path}/v.jsonl", monkeypatch=monkeypatch)
+    stage1()
+    before = (tmp_path / "v.jsonl").read_bytes()
+    capsys.readouterr()
+    text = data.read_text()
+    data.write_text(text.replace('"answer": "', '"answer": "1', 1))
+    assert data.read_text() != text
+    ends_in_one_line(capsys, stage1, "data's problems (was", "--overwrite")
+    data.write_text(text)
+    path = tmp_path / "model/model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-3000:] = bytes(3000)
+    path.write_bytes(whole)
+    ends_in_one_line(capsys, stage1, "model's weights (was", "--overwrite")
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--vstar={tmp_path}/v.jsonl", f"--out={tmp_path}/run"])
+    ends_in_one_line(capsys, train.main, "has changed since Stage 1", "vstar.py")
+    assert (tmp_path / "v.jsonl").read_bytes() == before
 
 
 def test_overwrite_starts_afresh(tmp_path, monkeypatch):
@@ -1420,13 +1445,14 @@ class TwoTokens(torch.nn.Module):
     def __init__(self, p):
         super().__init__()
         self.config, self._no_split_modules = SimpleNamespace(), []
-        self.table = torch.nn.Parameter(torch.tensor([[math.log(p)], [math.log(1 - p)]]))
+        self.table = torch.nn.Linear(1, 2, bias=False)
+        self.table.weight.data = torch.tensor([[math.log(p)], [math.log(1 - p)]])
 
     def base_model(self, input_ids, use_cache):
         return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
 
     def get_output_embeddings(self):
-        return lambda states: states @ self.table.T
+        return self.table
 
 
 def test_kl_is_the_closed_form(monkeypatch):
@@ -1565,8 +1591,11 @@ def test_plan_says_what_would_fit(tmp_path):
     planned = lambda *more: run("train.py", f"--model={tmp_path}", *more).stdout
     said = planned("--plan=8xH100")
     assert "7,615,616,512 parameters" in said and "it fits" in said
-    assert "on 4 GPUs it would" in planned("--plan=1xH100")
-    assert "--gpu_memory 0.2" in planned("--plan=8xH100", "--gpu_memory=0.1")
+    assert "it would with 4 GPUs\n" in planned("--plan=1xH100")
+    assert "it would with --gpu_memory 0.2\n" in planned("--plan=8xH100", "--gpu_memory=0.1")
+    largest = int(said.split("about --tokens_per_microbatch ")[1].split()[0].replace(",", ""))
+    for tokens, words in ((0.97 * largest, "it fits"), (1.03 * largest, "it does not fit; it would with --tokens_per_microbatch")):
+        assert words in planned("--plan=8xH100", f"--tokens_per_microbatch={int(tokens)}")
     stage1 = run("vstar.py", f"--model={tmp_path}", "--data=math", "--plan=8xH100").stdout
     assert "14.19 GiB" in stage1 and "it fits" in stage1  # 7.6 billion weights of two bytes
     assert "--plan 8xT800" in run("train.py", f"--model={tmp_path}", "--plan=8xT800", check=False).stderr

@@ -52,6 +52,7 @@ from vstar import (
     VLLMSampler,
     add_model_flags,
     ask,
+    contents,
     estimate_vstar,
     load_model,
     load_tokenizer,
@@ -237,11 +238,11 @@ class Policy(torch.nn.Module):
     def chunk(self, gpu):
         """The tokens whose logits exist at one time, whatever the batch: 0.5 GB of them, 883 tokens of a vocabulary of 152k. On a
         CPU 32 MB, because larger blocks of memory are new to malloc each time, and that takes longer than the arithmetic."""
-        return max(1, (1 << 27 if gpu else 1 << 23) // self.config.get_text_config().vocab_size)
+        return max(1, (1 << 27 if gpu else 1 << 23) // self.model.get_output_embeddings().weight.shape[0])
 
     def head(self, states, targets, temperature):
         """ln π(target | state) for a chunk of tokens, fp32; recomputed in the backward pass instead of kept."""
-        logits = self.model.get_output_embeddings()(states).float() / temperature  # as in sampling
+        logits = self.model.get_output_embeddings()(states).float().div_(temperature)  # as in sampling
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
@@ -677,6 +678,8 @@ def prepare(args):
         fail(f"{args.vstar} holds V̂* for other settings: {', '.join(changed)}")
     for key in FROM_STAGE1:
         setattr(args, key, stage1[key])
+    if contents(args.model)["model's weights"] != stage1.get("model's weights"):
+        fail(f"{args.model} has changed since Stage 1: {args.vstar} holds the V̂* of other weights; run vstar.py again")
     if args.temperature == 0:
         fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
     args.beta1, args.n = args.beta1 or stage1["beta1"], args.n or stage1["n"]

@@ -354,7 +354,7 @@ def pick_engine(wanted):
     """The engine and why. vLLM's CUDA wheel also installs where there is no GPU, and cannot run there."""
     if wanted == "transformers":
         return wanted, "asked for"
-    if importlib.util.find_spec("vllm") is None:
+    if getattr(importlib.util.find_spec("vllm"), "origin", None) is None:  # (a folder of that name has none)
         reason = "vLLM is not installed"
     else:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -475,6 +475,21 @@ def meet(place, _store=[]):
     _store[0].wait([f"{place}: all here"], timedelta(days=30))
 
 
+def contents(model, problems=()):
+    """What stands behind the names, so that no answers are taken for those of a model or a file that has changed since: of a local
+    model's weights 4 KB in 256 places of each file (the hub's are told by --revision), and all problems."""
+    weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(model).glob("*.safetensors")):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for place in range(0, size, max(4096, size // 256)):
+                file.seek(place)
+                weights.update(file.read(4096))
+    for problem in problems:
+        asked.update(json.dumps([problem["id"], problem["prompt"], problem["answer"]]).encode())
+    return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest()}
+
+
 def check_settings(path, settings, overwrite):
     """May this run go on with the files at `path`? Only if they were made with the same settings."""
     config, parts = path.with_suffix(".config.json"), path.with_suffix(".parts")
@@ -593,7 +608,8 @@ def main():
     settings = dict(model=args.model, revision=args.revision, dtype=args.dtype, data=args.data, split=args.split,
                     question_field=args.question_field, answer_field=args.answer_field, limit=args.limit,
                     suffix=suffix, chat=args.chat, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                    n=args.n, beta1=args.beta1, seed=args.seed, engine=engine, chunk=args.chunk)
+                    n=args.n, beta1=args.beta1, seed=args.seed, engine=engine, chunk=args.chunk,
+                    **contents(args.model, problems))
     if RANK == 0:
         check_settings(args.out, settings, args.overwrite)
         print(f"Stage 1: {len(problems)} problems of {args.data}, N = {args.n} answers each from {args.model}, "

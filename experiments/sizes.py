@@ -3,9 +3,9 @@
     python experiments/sizes.py              → experiments/sizes.json, and the README's tables      (no weights, no GPU)
 """
 
+import math
 import sys
 from argparse import Namespace
-from unittest import mock
 
 import torch
 import transformers
@@ -22,26 +22,20 @@ COUNTS = [1, 2, 4, 8, 16, 32, 64]
 
 def main():
     args = Namespace(algo="apo", group=1, passes=1, batch_size=256, batch=256, tokens_per_microbatch=16384, max_new_tokens=1024,
-                     checkpoint_activations="auto", offload_reference=False, engine="auto", gpu_memory=0.4, revision=None)
+                     checkpoint_activations="auto", offload_reference=False, engine="auto", revision=None)
     fits, floors = {}, {}
     for name, (hidden, layers, heads, kv, inner, vocabulary, tied) in MODELS.items():
         folder = ROOT / f"out/sizes/{name}"
         transformers.Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
                                  intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=tied).save_pretrained(folder)
         shape = plan.load_shape(Namespace(model=str(folder), revision=None))
-        of_all = plan.activations(shape, torch.bfloat16, 13, 1224, True, True)
-        found = dict(activations=lambda *_, of_all=of_all: of_all)  # the same for every count
         for gpu in ("H100", "H200"):
+            room = plan.GPUS[gpu][0]
+            args.gpu_memory = math.ceil(110 * 2 * shape.total / 2**30 / room) / 100  # the whole model and a tenth
             for count in COUNTS:
-                with mock.patch.multiple(plan, **found):
-                    parts = plan.memory(shape, args, count, gpu, torch.bfloat16, 1224)
-                always = sum(parts[key] for key in ("weights (fp32)", "AdamW (fp32)", "reference"))
-                update = plan.peak(dict(parts, sampling=0))
-                # what vLLM may take while it samples: what is left; it needs the whole model and some room
-                share = (plan.GPUS[gpu][0] - plan.OVERHEAD - always) / plan.GPUS[gpu][0]
-                model = 2 * shape.total / 2**30 / plan.GPUS[gpu][0]
-                fits[f"{name} {count}x{gpu}"] = dict(update_gib=round(update, 1), left_for_vllm=round(share, 2),
-                                                     fits=update + plan.OVERHEAD <= plan.GPUS[gpu][0] and share > 1.15 * model)
+                parts = plan.memory(shape, args, count, gpu, torch.bfloat16, 1224)
+                fits[f"{name} {count}x{gpu}"] = dict(update_gib=round(plan.peak(dict(parts, sampling=0)), 1),
+                                                     fits=plan.peak(parts) + plan.OVERHEAD <= room)
         for count in (8, 64, 512):
             batch = Namespace(**{**vars(args), "batch_size": max(256, 4 * count)})
             floors[f"{name} {count}xH100"] = {key: round(value, 2) for key, value in plan.step_floor(
