@@ -199,8 +199,9 @@ def plan_training(args, prompt, answer):
         print(f"\na step of {args.batch_size * args.group} answers ({prompt:.0f} + {answer:.0f} tokens), at least: " + ", ".join(
             f"{name} {value:.2f} s" for name, value in floor.items()))
         compute = floor["reference"] + floor["update"]
-        print(f"communication is {'hidden behind' if floor['communication'] < compute else 'more than'} the computing"
-              f" ({floor['communication'] / compute:.1f} of it)")
+        if ranks > 1:
+            print(f"communication is {'hidden behind' if floor['communication'] < compute else 'more than'} the computing"
+                  f" ({floor['communication'] / compute:.1f} of it)")
         if args.steps:
             hours = args.steps * max(seconds, floor["sampling"] + floor["communication"]) / 3600
             print(f"{args.steps} steps: at least {hours:.2f} h, {hours * ranks:.1f} GPU hours")
@@ -234,7 +235,7 @@ def remedy(shape, args, ranks, gpu, dtype, width):
     for count, changes in [(ranks, changes) for changes in cheapest_first] + more:
         if fits(count, **changes):
             named = [f"--{key}" + (f" {value}" if value is not True else "") for key, value in changes.items()]
-            return "it does not fit; it would with " + " ".join([f"{count} GPUs"] * (count > ranks) + named)
+            return "it does not fit; it would with " + " ".join([f"{count} GPUs" + " and" * bool(named)] * (count > ranks) + named)
     return "it does not fit, on any number of GPUs: what is gathered at a time is too large. A smaller model or larger GPUs"
 
 

@@ -128,7 +128,7 @@ def save(name, **results):
     lines = []
     for key, value in results.items():
         if isinstance(value, dict) and key != "machine":
-            inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
+            inner = ",\n".join(f"  {json.dumps(str(k))}: {json.dumps(v, ensure_ascii=False)}" for k, v in value.items())
             lines.append(f"{json.dumps(key)}: {{\n{inner}\n}}")
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
