@@ -28,7 +28,8 @@ PAPER = dict(ppo=[(10.84, 42.64, .151, 57.0), (13.59, 54.95, .111, 65.8), (20.53
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(parser, steps=50)
-    parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4", "1e-3"], help="the sweep's (a critic's is ten times that)")
+    parser.add_argument("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"],
+                        help="the sweep's (a critic's is ten times that)")
     parser.add_argument("--betas", nargs="+", default=["0.01", "0.1"], help="the sweep's weights of the KL")
     parser.add_argument("--reach", type=float, default=0.80, help="the accuracy to which the time is taken")
     args = parser.parse_args()
@@ -69,7 +70,7 @@ def stage1_cost(out):
     with open(f"{out}/vstar.jsonl", encoding="utf-8") as file:
         tokens = sum(sum(json.loads(line)["lengths"]) for line in file)
     with open(f"{out}/vstar.log", encoding="utf-8") as file:
-        return tokens, tokens / float(re.search(r"([\d,]+) tokens/s", file.read())[1].replace(",", ""))
+        return tokens, tokens / float(re.findall(r"([\d,]+) tokens/s", file.read())[-1].replace(",", ""))
 
 
 def measures(rows, offline_tokens, offline, reach):

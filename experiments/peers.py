@@ -167,7 +167,8 @@ def ours(args, algo, out):
     commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --suffix= --max_new_tokens={args.tokens} --batch=1024 "
                 f"--limit={args.limit} --engine=transformers --out={out}/vstar.jsonl",
                 f"train.py --vstar={out}/vstar.jsonl --algo={algo} --beta2=0.1 --lr={args.lr} --warmup=5 --steps={args.steps} "
-                f"--batch_size={args.batch_size} --batch=1024 --engine=transformers --save_every=100000 --out={out}/run"]
+                f"--batch_size={args.batch_size} --batch=1024 --tokens_per_microbatch={16384 if args.shape else 2048} "
+                f"--engine=transformers --save_every=100000 --out={out}/run"]
     # ---
     for main, command in zip((vstar.main, train.main), commands):
         sys.argv = shlex.split(command)
