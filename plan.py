@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rewards import fail
-from vstar import WORLD
+from vstar import WORLD, pick_engine
 
 # memory in GiB, dense bf16 FLOP/s, bytes/s of memory, and to other GPUs of the node (one way), from the makers' data sheets
 GPUS = {"A100": (80, 312e12, 2.04e12, 300e9), "H100": (80, 989e12, 3.35e12, 450e9), "H200": (141, 989e12, 4.8e12, 450e9),
         "B200": (180, 2250e12, 8.0e12, 900e9)}
-NETWORK, NODE = 50e9, 8  # bytes/s of a GPU to other nodes (a 400 Gb/s card each), GPUs of a node
+NETWORK, NODE = 50e9, 8  # bytes/s of a GPU's card to other nodes (400 Gb/s), GPUs of a node
 OVERHEAD = 2.0  # GiB that CUDA, its libraries and NCCL take, and what fragments
 
 
@@ -59,6 +59,7 @@ class Shape:
     total: int  # parameters
     block: int  # of the largest block
     rest: int  # of what lies in no block: embeddings, head, last norm
+    read: int  # of what a token's step reads: all but a table of embeddings that is not the head too
 
 
 def load_shape(args):
@@ -70,7 +71,9 @@ def load_shape(args):
         model = transformers.AutoModelForCausalLM.from_config(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
     blocks = [count(m) for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]
-    return Shape(config, count(model), max(blocks, default=0), count(model) - sum(blocks))
+    total, table = count(model), model.get_input_embeddings().weight
+    read = total - (0 if model.get_output_embeddings().weight is table else table.numel())
+    return Shape(config, total, max(blocks, default=0), total - sum(blocks), read)
 
 
 @cache
@@ -100,22 +103,28 @@ def activations(shape, dtype, rows, width, recompute, gpu):
 
 
 def sampler_bytes(shape, dtype, rows, width):
-    """The transformers engine: keys and values of all rows at their longest, and two steps' logits."""
+    """The transformers engine: keys and values of all rows at their longest, one layer's once more, for each head (that is how
+    transformers attends where rows are padded), and two steps' logits."""
     text = shape.config.get_text_config()
-    return rows * (width * cache_per_token(shape, dtype) + text.vocab_size * (3 * dtype.itemsize + 4))
+    one_layer = 2 * text.num_attention_heads * head_size(text) * dtype.itemsize
+    return rows * (width * (cache_per_token(shape, dtype) + one_layer) + text.vocab_size * (3 * dtype.itemsize + 4))
+
+
+def head_size(text):
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def cache_per_token(shape, dtype):
     text = shape.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * size * dtype.itemsize
+    return 2 * text.num_hidden_layers * heads * head_size(text) * dtype.itemsize
 
 
 def forward_flops(shape, rows, prompt, answer):
     """Two per token and weight of the blocks, two per token of an answer and weight of the head, and the attention."""
     text, width = shape.config.get_text_config(), prompt + answer
-    attention = 2 * text.num_hidden_layers * text.hidden_size * width**2  # scores and values, of half the square each
+    inner = text.num_attention_heads * head_size(text)
+    attention = 2 * text.num_hidden_layers * inner * width**2  # scores and values, of half the square each
     return rows * (2 * (shape.total - shape.rest) * width + 2 * text.vocab_size * text.hidden_size * answer + attention)
 
 
@@ -156,16 +165,22 @@ def step_floor(shape, args, ranks, gpu, dtype, prompt, answer, longest):
     answers = args.batch_size * args.group / ranks
     waves = math.ceil(answers / args.batch) if args.engine == "transformers" else 1
     cache = cache_per_token(shape, dtype)
-    # each token's step reads the weights once for all rows, and each row's keys and values
-    sampling = (waves * longest * dtype.itemsize * shape.total + answers * answer * cache * (prompt + answer / 2)) / bandwidth
+    # beyond a node the ring runs through all of its network cards at a time
+    link = nvlink if ranks <= NODE else min(nvlink, NODE * NETWORK)
+    ring = shape.total * (ranks - 1) / ranks / link  # seconds in which every GPU gets all weights, if they had one byte each
+    # each token's step reads the weights once for all rows, and each row's keys and values; before that they are gathered
+    sampling = (waves * longest * dtype.itemsize * shape.read + answers * answer * cache * (prompt + answer / 2)) / bandwidth
+    sampling += (dtype.itemsize if args.engine == "transformers" else 4) * ring
     tokens = answers * (prompt + answer)
     forward = forward_flops(shape, answers, prompt, answer) / flops
+    learners = 2 if args.algo == "ppo" else 1  # a critic of the policy's size
+    known = 2 if args.algo == "ppo" else int(args.algo != "apo" and args.minibatches * args.passes > 1)  # old_logp, values
     passes = 4 if args.checkpoint_activations != "no" else 3  # forward, again for the backward pass, and that is twice a forward
-    micro = math.ceil(max(1.0, tokens / args.tokens_per_microbatch)) * args.passes
-    # FSDP's ring: all weights gathered for the forward and for the backward pass, fp32 gradients summed and spread; π_ref's too
-    link = nvlink if ranks <= NODE else NETWORK
-    traffic = (micro * (2 * dtype.itemsize + 4) + micro / args.passes * dtype.itemsize) * shape.total * (ranks - 1) / ranks / link
-    return {"sampling": sampling, "reference": forward, "update": args.passes * passes * forward, "communication": traffic}
+    micro = math.ceil(max(1.0, tokens / args.tokens_per_microbatch))
+    # FSDP: weights gathered for the forward and for the backward pass, fp32 gradients summed and spread; π_ref's weights too
+    traffic = micro * (args.passes * learners * (2 * dtype.itemsize + 4) + (1 + known) * dtype.itemsize) * ring
+    return {"sampling": sampling, "reference": (1 + known) * forward, "update": args.passes * learners * passes * forward,
+            "communication": traffic}
 
 
 def read_machine(text):
@@ -183,11 +198,13 @@ def plan_training(args, prompt, answer):
     """Prints what train.py will need; prompt and answer: mean tokens."""
     ranks, gpu = read_machine(args.plan)
     shape, on_gpu = load_shape(args), gpu != "CPU"
+    if args.engine == "auto":
+        args.engine = ("vllm" if on_gpu else "transformers") if args.plan else pick_engine("auto")[0]
     dtype = torch.bfloat16 if args.dtype == "auto" and on_gpu else getattr(torch, args.dtype.replace("auto", "float32"))
     width = math.ceil(prompt) + args.max_new_tokens
     parts = memory(shape, args, ranks, gpu if on_gpu else None, dtype, width)
-    print(f"{args.model}: {shape.total:,} parameters, --algo {args.algo}, {ranks} × {gpu}, computed in {str(dtype)[6:]}; "
-          "planned, not measured\n\non each" + (" GPU" if on_gpu else " process"))
+    print(f"{args.model}: {shape.total:,} parameters, --algo {args.algo}, {ranks} × {gpu}, computed in {str(dtype)[6:]}, "
+          f"--engine {args.engine}; planned, not measured\n\non each " + ("GPU" if on_gpu else "process"))
     for name, size in parts.items():
         print(f"  {name:34s}{size:9.2f} GiB")
     print(f"  {'at the most at a time':34s}{peak(parts):9.2f} GiB" + (
@@ -260,8 +277,11 @@ def plan_stage1(args, count, prompt):
         return
     print("it fits" if weights + work + OVERHEAD <= GPUS[gpu][0] else "it fits with vLLM; for transformers lower --batch")
     engines, answers = max(1, ranks // args.tensor_parallel), count * args.n
-    waves = answers / engines / max(1, min(at_once, 256))
-    cache = cache_per_token(shape, dtype) / args.tensor_parallel
-    read = waves * args.max_new_tokens * weights * 2**30 + answers / engines * answer * cache * (prompt + answer / 2)
+    at_once = max(1, min(at_once, 1024))  # vLLM's bound on GPUs of this size
+    # as one ends the next takes its place, and no answer is shorter than itself
+    steps = max(args.max_new_tokens, answers / engines * answer / at_once)
+    cache, read = cache_per_token(shape, dtype) / args.tensor_parallel, dtype.itemsize * shape.read / args.tensor_parallel
+    read = steps * read + answers / engines * answer * cache * (prompt + answer / 2)
     hours = read / GPUS[gpu][2] / 3600
-    print(f"\n{answers:,} answers of {answer:.0f} tokens, 256 at a time: at least {hours:.2f} h, {hours * ranks:.2f} GPU hours")
+    print(f"\n{answers:,} answers of {answer:.0f} tokens, {at_once:,} at a time: at least {hours:.2f} h, "
+          f"{hours * ranks:.2f} GPU hours")

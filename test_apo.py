@@ -603,6 +603,18 @@ def test_two_processes_equal_one(undisturbed, tmp_path):
     assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
 
 
+def test_a_full_gpu_is_one_line(capsys):
+    def raises(error):
+        raise error
+
+    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                  RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp"),
+                  ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired")):
+        ends_in_one_line(capsys, lambda error=error: vstar.run_script(lambda: raises(error)), "lower --batch")
+    with pytest.raises(RuntimeError, match="another"):
+        vstar.run_script(lambda: raises(RuntimeError("another")))
+
+
 def test_each_process_sees_its_own_gpus():
     assert [vstar.own_gpus(None, rank, 1) for rank in range(3)] == ["0", "1", "2"]
     assert [vstar.own_gpus("4,5,6,7", rank, 2) for rank in range(3)] == ["4,5", "6,7", ""]
@@ -1560,7 +1572,7 @@ def test_plan_is_what_an_update_allocates(kind, recompute, budget):
         for _ in range(2):
             known = train.targets(policy, reference, None, samples, args, torch.device("cpu"))
             train.update(policy, optimizer, samples, known, 64, args, torch.device("cpu"))
-    shape = plan.Shape(config, sum(p.numel() for p in policy.parameters()), 0, 0)
+    shape = plan.Shape(config, sum(p.numel() for p in policy.parameters()), 0, 0, 0)
     parts = plan.memory(shape, args, 1, None, torch.float32, 128)
     assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
     assert parts["AdamW (fp32)"] * 2**30 == 8 * shape.total and parts["gathered by FSDP"] == 0
@@ -1576,12 +1588,33 @@ def test_plan_of_shards_by_hand(tmp_path):
     # embedding and head of 4000 × 128, and the last norm; a block: 4 attention matrices, 3 biases, 3 of the MLP, 2 norms
     assert shape.rest == 2 * 4000 * 128 + 128
     assert shape.block == (2 * 128 * 128 + 2 * 128 * 64) + (128 + 64 + 64) + 3 * 128 * 256 + 2 * 128
-    assert shape.total == shape.rest + 4 * shape.block
+    assert shape.total == shape.rest + 4 * shape.block and shape.read == shape.total - 4000 * 128
     parts = {name: size * 2**30 for name, size in plan.memory(shape, args, 4, "H100", torch.bfloat16, 128).items()}
     assert parts["weights (fp32)"] == parts["gradients (fp32)"] == shape.total and parts["AdamW (fp32)"] == 2 * shape.total
     assert parts["reference"] == shape.total / 2 and parts["sampling"] == 40 * 2**30
     assert parts["gathered by FSDP"] == 2 * (2 * shape.block + shape.rest) + 6 * (shape.block + shape.rest)
     assert plan.cache_per_token(shape, torch.bfloat16) == 2 * 4 * 64 * 2  # keys and values, layers, a head of two, bytes
+
+
+def test_plan_of_seconds_by_hand():
+    """16 H100s on two nodes and a model of 10⁹ weights: two layers, 16 heads of 64, keys and values too."""
+    config = transformers.Qwen2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=16,
+                                      vocab_size=1000)
+    shape = plan.Shape(config, 10**9, 5 * 10**8, 0, 10**9)
+    args = settings(batch_size=256, engine="transformers", batch=256, checkpoint_activations="auto",
+                    tokens_per_microbatch=2400)
+    found = plan.step_floor(shape, args, 16, "H100", torch.bfloat16, 100, 200, 400)
+    ring = 1e9 * 15 / 16 / (8 * 50e9)  # eight cards leave a node, NVLink within it is quicker
+    cache = 2 * 2 * 1024 * 2  # bytes a token: keys and values, layers, width, bf16
+    # each GPU: 16 answers; 400 times all weights, and the keys and values of 100 to 300 tokens, 200 on average, 200 times
+    assert found["sampling"] == pytest.approx((400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12 + 2 * ring)
+    forward = 16 * (2e9 * 300 + 2 * 1000 * 1024 * 200 + 2 * 2 * 1024 * 300**2) / 989e12
+    assert found["reference"] == pytest.approx(forward) and found["update"] == pytest.approx(4 * forward)
+    # two micro-batches: the policy's weights twice in bf16 and their gradients in fp32, π_ref's weights once
+    assert found["communication"] == pytest.approx(2 * (2 + 2 + 4 + 2) * ring)
+    args.algo = "ppo"  # a critic learns too; its values and the old log-probabilities are two passes more
+    both = plan.step_floor(shape, args, 16, "H100", torch.bfloat16, 100, 200, 400)
+    assert both["update"] == pytest.approx(8 * forward) and both["reference"] == pytest.approx(3 * forward)
 
 
 def test_plan_says_what_would_fit(tmp_path):

@@ -311,6 +311,8 @@ def shard(policy, device, dtype, master=False, offload=False):
     options = dict(mesh=mesh)
     if master and dtype != torch.float32:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if not master:  # no backward pass will come, until which FSDP would leave embeddings and head gathered
+        options["reshard_after_forward"] = True
     if offload and device.type == "cuda":
         options["offload_policy"] = CPUOffloadPolicy()
     for module in (*policy.blocks, policy):
@@ -714,7 +716,7 @@ def main():
     dtype = getattr(torch, args.dtype)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    elif dtype != torch.float32:  # one process is a mesh of one: the same code keeps fp32 masters and computes in bf16
+    elif dtype != torch.float32 or device.type == "cuda":  # a mesh of one: the same code keeps fp32 masters, computes in bf16
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 store=dist.HashStore(), rank=0, world_size=1)
     if RANK > 0:
@@ -763,6 +765,7 @@ def main():
         if RANK == 0:
             print(f"going on after step {start}")
     train(args, rows, held_out, tokenizer, policy, reference, critic, trained, optimizer, sampler, start, device)
+    sampler.wake()  # what sleeps cannot be freed
     del sampler
     gc.collect()
     if dist.is_initialized():
@@ -791,7 +794,7 @@ def check_head(policy, device, args):
     ours = policy(input_ids=ids, response=response, temperature=args.temperature)
     logits = policy(input_ids=ids, use_cache=False).logits.float() / args.temperature
     theirs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    if (ours - theirs).abs().max() > 0.1:
+    if (ours - theirs).abs().mean() > 0.1:  # one alone may be off by the step from one bf16 number to the next
         fail(f"--model {args.model}: this architecture changes its logits after the head, which Policy.head does not know")
 
 

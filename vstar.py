@@ -345,9 +345,12 @@ class VLLMSampler:
     def close(self):
         """Gives everything back, so that another model's engine can start in this process."""
         from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.platforms import current_platform
 
+        self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
+        type(current_platform)._global_graph_pool = None  # the next engine's CUDA graphs would be caught into this one's memory
 
 
 def pick_engine(wanted):
@@ -385,7 +388,7 @@ def own_devices(gpus_each=1):
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         # before anything asks CUDA for its devices: it reads this once
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpus(seen, LOCAL_RANK, gpus_each)
-        if seen != "" and shutil.which("nvidia-smi") and torch.cuda.device_count() < gpus_each:
+        if seen != "" and torch.backends.cuda.is_built() and shutil.which("nvidia-smi") and torch.cuda.device_count() < gpus_each:
             fail(f"process {LOCAL_RANK} of this node finds no GPU left: lower --nproc_per_node or --tensor_parallel")
         # torchrun would leave each process one core; a scheduler may have given this node not all of the machine's
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -443,7 +446,9 @@ def run_script(main):
         main()
     except OSError as error:
         fail(f"{error.filename or 'writing'}: {error.strerror or error}")
-    except torch.cuda.OutOfMemoryError:
+    except (RuntimeError, ValueError) as error:
+        if "out of memory" not in str(error) and "Free memory on device" not in str(error):  # torch's, and vLLM's
+            raise
         fail("out of GPU memory: lower --batch (transformers), --gpu_memory (vLLM) or --tokens_per_microbatch (training)")
     except KeyboardInterrupt:
         tqdm.write("stopped; the same command goes on from here", file=sys.stderr)

@@ -3,11 +3,11 @@
     python experiments/limits.py                                  → experiments/limits.json        (the embedded model, on a CPU)
     python experiments/limits.py --shape 1.5B --batch 256 --prompt 128 --tokens 512 --name limits-1.5B            (a GPU)
 
-decode floor    each step reads the weights once, and the keys and values of every row:
-                steps × weights × bytes + Σ rows × context × 2 × layers × KV heads × head size × bytes, over the bandwidth
+decode floor    each step reads the weights once (not a table of embeddings that is no head), and the keys and values of
+                every row: (steps × weights + Σ rows × context × 2 × layers × KV heads × head size) × bytes, over the bandwidth
 update floor    forward FLOPs (2 × weights of the blocks × tokens + 2 × vocabulary × hidden × answers' tokens + 2 × layers ×
-                hidden × Σ length² for the attention), times 3 with the backward pass, over the peak; where blocks and the
-                head are recomputed, the hardware does it times 4
+                heads × head size × Σ length² for the attention), times 3 with the backward pass, over the peak; where blocks and
+                the head are recomputed, the hardware does it times 4
 overhead        what the decode loop takes beyond the model's forward passes
 
 Bandwidth and peak are a GPU's data sheet (plan.py's table), or on a CPU what a large copy and a large product of matrices reach.
@@ -38,7 +38,7 @@ def main():
     add("--model", default="tiny/model")
     add("--shape", choices=SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
     add("--batch", type=int, default=512, help="rows of the decode loop")
-    add("--prompt", type=int, default=8, help="tokens of a prompt")
+    add("--prompt", type=int, default=8, help="tokens of a prompt; in the decode loop at the most")
     add("--tokens", type=int, default=64, help="tokens of an answer")
     add("--budget", type=int, default=16384, help="tokens per micro-batch of the update")
     add("--rows", type=int, default=1024, help="answers of the update")
@@ -91,7 +91,8 @@ def profiled(args, call):
 def decode(args, model, shape, dtype, bandwidth):
     """All rows write all tokens, so that the work is known."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(1, 19) for _ in range(args.prompt)] for _ in range(args.batch)]
+    # of unlike length, as in training: padding needs a mask, and attention with one is slower
+    prompts = [[rng.randrange(1, 19) for _ in range(rng.randint(args.prompt // 2, args.prompt))] for _ in range(args.batch)]
     sampler = vstar.TransformersSampler(model, [-1], args.tokens, 1.0, args.batch)
     call = lambda: sampler.generate(prompts, 1, list(range(args.batch)))
     whole, inside, forward = seconds_of(call, args.rounds), [], model.forward
@@ -113,8 +114,8 @@ def decode(args, model, shape, dtype, bandwidth):
         shares.append((time.perf_counter() - began) / inside[-1] - 1)
     model.forward = forward
     profiled(args, call)
-    context = sum(args.prompt + t for t in range(1, args.tokens)) * args.batch
-    floor = (args.tokens * shape.total * dtype.itemsize + context * plan.cache_per_token(shape, dtype)) / bandwidth
+    context = sum(len(prompt) + t for prompt in prompts for t in range(1, args.tokens))
+    floor = (args.tokens * shape.read * dtype.itemsize + context * plan.cache_per_token(shape, dtype)) / bandwidth
     return dict(batch=args.batch, seconds=whole, tokens_per_second=args.batch * args.tokens / whole, floor_seconds=floor,
                 share_of_floor=floor / whole, overhead_over_forward=float(np.median(shares[1:])))
 

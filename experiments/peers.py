@@ -15,6 +15,7 @@ import argparse
 import inspect
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def main():
     add("--limit", type=int, default=1024, help="prompts of Stage 1")
     add("--model", default="tiny/model")
     add("--shape", choices=SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
-    add("--microbatch", type=int, default=1024, help="TRL's per_device_train_batch_size at most; the rest is accumulated")
+    add("--microbatch", type=int, help="TRL's per_device_train_batch_size; default: for A*-PO, which samples as many at a time, "
+        "the whole batch, for GRPO as many rows as fill this code's micro-batches (256 with --shape, 64 without)")
     add("--only", nargs="+", default=PEERS, choices=PEERS)
     add("--child", nargs=2, metavar=("PEER", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -162,7 +164,9 @@ def ours(args, algo, out):
     import vstar
 
     seconds, peak = [], Peak()
-    vstar.sample_all, train.update = timed(vstar.sample_all, seconds), peak.before(train.update)
+    vstar.sample_chunks, train.update = timed(vstar.sample_chunks, seconds), peak.before(train.update)
+    if args.shape:
+        vstar.reward = train.reward = toss
     # --- what a user types
     commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --suffix= --max_new_tokens={args.tokens} --batch=1024 "
                 f"--limit={args.limit} --engine=transformers --out={out}/vstar.jsonl",
@@ -239,6 +243,15 @@ def problems_of(args):
     return Dataset.from_list([dict(prompt=row["question"], answer=row["answer"]) for row in map(json.loads, lines)])
 
 
+def toss(*_):
+    """The reward of random weights, which earn nothing: zeros would be multiplied faster than numbers."""
+    return float(random.random() < 0.5)
+
+
+def tossed(completions, **_):
+    return [toss() for _ in completions]
+
+
 def right(completions, answer, **_):
     from rewards import reward
 
@@ -247,7 +260,8 @@ def right(completions, answer, **_):
 
 def settings(args, out, answers):
     """What TRL's two trainers are told alike."""
-    gpu, micro = torch.cuda.is_available(), min(args.microbatch, answers)
+    gpu = torch.cuda.is_available()
+    micro = args.microbatch or (answers if answers == args.batch_size else min(answers, 256 if args.shape else 64))
     return dict(output_dir=out, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_grad_norm=1.0,
                 weight_decay=0.0, max_steps=args.steps, per_device_train_batch_size=micro, temperature=1.0, bf16=gpu,
                 gradient_accumulation_steps=answers // micro, max_completion_length=args.tokens, gradient_checkpointing=gpu,
@@ -268,7 +282,7 @@ def trl_a2po(args, out):
     model, tokenizer = load(args)
     config = A2POConfig(**settings(args, out, args.batch_size), num_value_samples=8, beta1=0.5, beta2=0.1,
                         filter_all_incorrect=False)
-    return A2POTrainer(model, right, config, problems_of(args), processing_class=tokenizer)
+    return A2POTrainer(model, tossed if args.shape else right, config, problems_of(args), processing_class=tokenizer)
 
 
 def trl_grpo(args, out):
@@ -276,7 +290,7 @@ def trl_grpo(args, out):
 
     model, tokenizer = load(args)
     config = GRPOConfig(**settings(args, out, args.batch_size * 8), num_generations=8, beta=0.1, loss_type="grpo")
-    return GRPOTrainer(model, right, config, problems_of(args), processing_class=tokenizer)
+    return GRPOTrainer(model, tossed if args.shape else right, config, problems_of(args), processing_class=tokenizer)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ COUNTS = [1, 2, 4, 8, 16, 32, 64]
 
 
 def main():
-    args = Namespace(algo="apo", group=1, passes=1, batch_size=256, batch=256, tokens_per_microbatch=16384, max_new_tokens=1024,
-                     checkpoint_activations="auto", offload_reference=False, engine="auto", revision=None)
+    args = Namespace(algo="apo", group=1, passes=1, minibatches=1, batch_size=256, batch=256, tokens_per_microbatch=16384,
+                     max_new_tokens=1024, checkpoint_activations="auto", offload_reference=False, engine="vllm", revision=None)
     fits, floors = {}, {}
     for name, (hidden, layers, heads, kv, inner, vocabulary, tied) in MODELS.items():
         folder = ROOT / f"out/sizes/{name}"
