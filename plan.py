@@ -282,6 +282,7 @@ def plan_stage1(args, count, prompt):
     steps = max(args.max_new_tokens, answers / engines * answer / at_once)
     cache, read = cache_per_token(shape, dtype) / args.tensor_parallel, dtype.itemsize * shape.read / args.tensor_parallel
     read = steps * read + answers / engines * answer * cache * (prompt + answer / 2)
-    hours = read / GPUS[gpu][2] / 3600
-    print(f"\n{answers:,} answers of {answer:.0f} tokens, {at_once:,} at a time: at least {hours:.2f} h, "
+    compute = forward_flops(shape, answers / engines, 0, answer) / args.tensor_parallel
+    hours = max(read / GPUS[gpu][2], compute / GPUS[gpu][1]) / 3600
+    print(f"\n{answers:,} answers of {answer:.0f} tokens, {at_once:,} at a time: at least {60 * hours:.1f} minutes, "
           f"{hours * ranks:.2f} GPU hours")

@@ -1631,6 +1631,9 @@ def test_plan_says_what_would_fit(tmp_path):
         assert words in planned("--plan=8xH100", f"--tokens_per_microbatch={int(tokens)}")
     stage1 = run("vstar.py", f"--model={tmp_path}", "--data=math", "--plan=8xH100").stdout
     assert "14.19 GiB" in stage1 and "it fits" in stage1  # 7.6 billion weights of two bytes
+    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and values of 57,344 bytes a
+    # token, 456 tokens on average, are 27.9 TB, read in 8.3 s; the products of 2 × 7.07 billion × 512,000 take 7.3 s
+    assert "at least 0.1 minutes, 0.02 GPU hours" in stage1
     assert "--plan 8xT800" in run("train.py", f"--model={tmp_path}", "--plan=8xT800", check=False).stderr
 
 
