@@ -689,7 +689,8 @@ def test_model_without_tokenizer(tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_says_how_to_go_on(undisturbed, tmp_path):
     command = [sys.executable, "vstar.py", *TINY, "--limit=192", "--chunk=32", f"--out={tmp_path / 'vstar.jsonl'}"]
-    process = subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job does not, nor do its children
+    process = subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=listens)
     while process.poll() is None and not list(tmp_path.glob("*/*.jsonl")):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
