@@ -161,6 +161,8 @@ def peak(parts):
 
 def step_floor(shape, args, ranks, gpu, dtype, prompt, answer, longest):
     """Seconds that a step takes at least on each of `ranks` GPUs: {phase: seconds}"""
+    from train import needs_old_logp
+
     _, flops, bandwidth, nvlink = GPUS[gpu]
     answers = args.batch_size * args.group / ranks
     waves = math.ceil(answers / args.batch) if args.engine == "transformers" else 1
@@ -174,7 +176,7 @@ def step_floor(shape, args, ranks, gpu, dtype, prompt, answer, longest):
     tokens = answers * (prompt + answer)
     forward = forward_flops(shape, answers, prompt, answer) / flops
     learners = 2 if args.algo == "ppo" else 1  # a critic of the policy's size
-    known = 2 if args.algo == "ppo" else int(args.algo != "apo" and args.minibatches * args.passes > 1)  # old_logp, values
+    known = needs_old_logp(args) + (args.algo == "ppo")  # old_logp; the critic's values
     passes = 4 if args.checkpoint_activations != "no" else 3  # forward, again for the backward pass, and that is twice a forward
     micro = math.ceil(max(1.0, tokens / args.tokens_per_microbatch))
     # FSDP: weights gathered for the forward and for the backward pass, fp32 gradients summed and spread; π_ref's weights too
@@ -224,6 +226,11 @@ def plan_training(args, prompt, answer):
             print(f"{args.steps} steps: at least {hours:.2f} h, {hours * ranks:.1f} GPU hours")
 
 
+def vllm_share(shape, gpu, dtype):
+    """The least --gpu_memory: the model and a tenth for keys and values."""
+    return math.ceil(110 * dtype.itemsize * shape.total / 2**30 / GPUS[gpu][0]) / 100
+
+
 def remedy(shape, args, ranks, gpu, dtype, width):
     """Does it fit, and up to which --tokens_per_microbatch? If not, what would make it fit?"""
 
@@ -244,8 +251,7 @@ def remedy(shape, args, ranks, gpu, dtype, width):
         budget = args.tokens_per_microbatch + (room - update(args.tokens_per_microbatch)) / slope if slope else math.inf
         return "it fits" + (f"; so would about --tokens_per_microbatch {budget:,.0f}" if budget < 2**20 else "")
     smaller = dict(tokens_per_microbatch=width)
-    # the model and a tenth for keys and values
-    other = dict(gpu_memory=math.ceil(110 * weights / room) / 100) if vllm else dict(batch=max(1, args.batch // 8))
+    other = dict(gpu_memory=vllm_share(shape, gpu, dtype)) if vllm else dict(batch=max(1, args.batch // 8))
     cheapest_first = [dict(checkpoint_activations="yes"), smaller, other, {**smaller, **other}, dict(offload_reference=True),
                       {**smaller, **other, "offload_reference": True}]
     more = [(count, changes) for count in (2**k for k in range(1, 11)) if count > ranks for changes in ({}, other)]

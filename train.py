@@ -395,14 +395,20 @@ def by_token(model, samples, args, device):
     return values
 
 
+def needs_old_logp(args):
+    """PPO's reward holds it; the others need it where several updates follow, after the first of which π is no longer what wrote
+    the answers."""
+    return args.algo == "ppo" or (args.algo != "apo" and args.minibatches * args.passes > 1)
+
+
 @torch.no_grad()
 def targets(policy, reference, critic, samples, args, device):
     """What the update takes as given: {name: (samples,) or, by token, (samples, tokens)}."""
     vector = lambda values: torch.tensor(values, dtype=torch.float32, device=device)
     known = dict(reward=vector([s.reward for s in samples]), vstar=vector([s.row["vstar"] for s in samples]),
                  ref_logp=by_token(reference, samples, args, device))
-    if args.algo == "ppo" or (args.algo != "apo" and args.minibatches * args.passes > 1):
-        known["old_logp"] = by_token(policy, samples, args, device)  # otherwise π is still what wrote the answers
+    if needs_old_logp(args):
+        known["old_logp"] = by_token(policy, samples, args, device)
     if args.algo == "grpo":
         known["advantage"] = group_advantage(known["reward"].view(-1, args.group), not args.dr_grpo).flatten()
     if args.algo == "ppo":
@@ -714,11 +720,11 @@ def main():
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, args.dtype)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
     elif dtype != torch.float32 or device.type == "cuda":  # a mesh of one: the same code keeps fp32 masters, computes in bf16
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if RANK > 0:
         meet("files")  # the first process reports what is wrong, downloads and prepares; the others follow
     rows, held_out, tokenizer, eos, stage1 = prepare(args)

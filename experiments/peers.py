@@ -15,7 +15,6 @@ import argparse
 import inspect
 import json
 import os
-import random
 import shlex
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab import ROOT, SHAPES, random_model, save
+from lab import ROOT, SHAPES, random_model, save, toss
 
 PEERS = ["ours apo", "trl apo", "ours grpo", "trl grpo"]
 
@@ -241,11 +240,6 @@ def problems_of(args):
 
     lines = (ROOT / "tiny/train.jsonl").read_text().splitlines()[: args.limit]
     return Dataset.from_list([dict(prompt=row["question"], answer=row["answer"]) for row in map(json.loads, lines)])
-
-
-def toss(*_):
-    """The reward of random weights, which earn nothing: zeros would be multiplied faster than numbers."""
-    return float(random.random() < 0.5)
 
 
 def tossed(completions, **_):

@@ -3,17 +3,15 @@
     python experiments/phases.py --shape 1.5B                                        → experiments/phases-1.5B.json     (a GPU)
     python experiments/phases.py --shape toy --batch_size 4 --prompts 8 --tokens 16  to try the script on a CPU
 
-Random weights earn nothing, so a coin is tossed for each reward: with zeros alone the gradients would be zeros too, which GPUs
-multiply faster than numbers. Nearly all answers are as long as they may be. No checkpoint is written, and the first step, which
-warms up, is left out. Restartable: what is in out/phases/ already is not run again.
+Random weights earn nothing, so a coin is tossed for each reward. Nearly all answers are as long as they may be. No checkpoint is
+written, and the first step, which warms up, is left out. Restartable: what is in out/phases/ already is not run again.
 """
 
 import argparse
-import random
 import sys
 
 import numpy as np
-from lab import NAMES, ROOT, add_flags, random_model, save, stage1, train
+from lab import NAMES, ROOT, add_flags, random_model, save, stage1, toss, train
 
 
 def main():
@@ -53,7 +51,7 @@ def child(script, *flags):
     import train
     import vstar
 
-    vstar.reward = train.reward = lambda *_: float(random.random() < 0.5)
+    vstar.reward = train.reward = toss
     train.save_checkpoint = lambda *_: None
     sys.argv = [script, *flags]
     (vstar if script == "vstar.py" else train).main()

@@ -3,7 +3,6 @@
     python experiments/sizes.py              → experiments/sizes.json, and the README's tables      (no weights, no GPU)
 """
 
-import math
 import sys
 from argparse import Namespace
 
@@ -31,7 +30,7 @@ def main():
         shape = plan.load_shape(Namespace(model=str(folder), revision=None))
         for gpu in ("H100", "H200"):
             room = plan.GPUS[gpu][0]
-            args.gpu_memory = math.ceil(110 * 2 * shape.total / 2**30 / room) / 100  # the whole model and a tenth
+            args.gpu_memory = plan.vllm_share(shape, gpu, torch.bfloat16)
             for count in COUNTS:
                 parts = plan.memory(shape, args, count, gpu, torch.bfloat16, 1224)
                 fits[f"{name} {count}x{gpu}"] = dict(update_gib=round(plan.peak(dict(parts, sampling=0)), 1),
