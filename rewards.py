@@ -25,11 +25,73 @@ import mpmath  # comes with sympy, which comes with torch
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
-# problems
+# the verdict
+
+
+def reward(response, answer, finished):
+    """The one grader. An answer that was cut off before EOS earns nothing, whatever it says."""
+    found = final_answers(response) if finished else []
+    if not found:
+        return 0.0
+    if is_correct(found[-1], answer):
+        return 1.0
+    # where the gold is a list, each of its items may stand in a box of its own
+    wanted = len(read(answer).items)
+    return float(1 < wanted <= len(found) and is_correct(", ".join(found[-wanted:]), answer))
+
+
+def final_answers(text):
+    """What the balanced \\boxed{…} hold, or the last #### line, whichever comes later; the last is the answer.
+
+    Nothing else counts: 'any number in the text' would pay a policy for babbling. One pass, whatever the text.
+    """
+    text = text.rsplit("</think>", 1)[-1]
+    hashes = text.rfind("####")
+    boxes, opened = [], []  # per open brace the place where its \boxed{ starts, or -1 for a plain brace
+    for token in re.finditer(r"\\f?boxed\s*\{|\\f?boxed +(?=[^\s{])|\\[{}]|[{}]", text):
+        if token[0] == "}" and opened:
+            box, start = opened.pop()
+            if box >= 0:
+                boxes.append((box, text[start : token.start()]))
+        elif token[0][-1] == "{" and token[0] != "\\{":
+            opened.append((token.start() if len(token[0]) > 1 else -1, token.end()))
+        elif token[0][-1] == " ":  # \boxed 5
+            boxes.append((token.start(), re.match(r"[^\s$.,]*", text[token.end() : token.end() + LONGEST])[0]))
+    boxes = [inside.strip() for box, inside in sorted(boxes) if box > hashes]
+    return boxes or ([text[hashes + 4 :].strip().split("\n", 1)[0].strip()] if hashes >= 0 else [])
+
+
+def final_answer(text):
+    return (final_answers(text) or [None])[-1]
+
+
+def is_correct(answer, gold):
+    """Does the answer say the same as the gold? From cheap to dear: as text, then as numbers, structures, expressions."""
+    if max(len(answer), len(gold)) > LONGEST:
+        return answer.strip() == gold.strip()
+    answer, gold = read(answer), read(gold)
+    if answer.text == gold.text != "":
+        return answer.unit == gold.unit or not (answer.unit and gold.unit)
+    if answer.unit and gold.unit and answer.unit != gold.unit:
+        return False
+    if not answer.items or not gold.items:
+        return False
+    try:
+        if same_items(answer.items, gold.items):
+            return True
+        # 50 % is 50, and 1/2 as well, but only where the sign is there to say so
+        return (answer.unit == "%") != (gold.unit == "%") and len(answer.items) == len(gold.items) == 1 and same(
+            *(("/", tree, ("number", Fraction(100))) if side.unit == "%" else tree
+              for side in (answer, gold) for tree in side.items))
+    except (Unreadable, ArithmeticError, ValueError, RecursionError, TypeError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# problems and prompts
 
 BOXED = " Let's think step by step and output the final answer within \\boxed{}."  # the paper's two suffixes
 GSM8K = ' Let\'s think step by step and output the final answer after "####".'
-
 DATASETS = {  # name: hub id, config, its only split (None: the split that was asked for), question, answer, suffix
     "gsm8k": ("openai/gsm8k", "main", None, "question", "answer", GSM8K),
     "math": ("DigitalLearningGmbH/MATH-lighteval", None, None, "problem", "solution", BOXED),
@@ -41,12 +103,6 @@ DATASETS = {  # name: hub id, config, its only split (None: the split that was a
     "olympiad": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer", BOXED),
     "hmmt25": ("MathArena/hmmt_feb_2025", None, "train", "problem", "answer", BOXED),
 }
-
-
-def fail(message):
-    """End on an error that the user can mend: one line that says what and where, exit code 2."""
-    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)  # not into the middle of a progress bar
-    raise SystemExit(2)
 
 
 def load_problems(source, split="train", question_field="question", answer_field="answer"):
@@ -144,51 +200,18 @@ def encode(tokenizer, prompt, chat):
     return tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
 
 
+def fail(message):
+    """End on an error that the user can mend: one line that says what and where, exit code 2."""
+    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)  # not into the middle of a progress bar
+    raise SystemExit(2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# verdicts
-
-
-def reward(response, answer, finished):
-    """The one grader. An answer that was cut off before EOS earns nothing, whatever it says."""
-    found = final_answers(response) if finished else []
-    if not found:
-        return 0.0
-    if is_correct(found[-1], answer):
-        return 1.0
-    # where the gold is a list, each of its items may stand in a box of its own
-    wanted = len(read(answer).items)
-    return float(1 < wanted <= len(found) and is_correct(", ".join(found[-wanted:]), answer))
-
-
-def final_answers(text):
-    """What the balanced \\boxed{…} hold, or the last #### line, whichever comes later; the last is the answer.
-
-    Nothing else counts: 'any number in the text' would pay a policy for babbling. One pass, whatever the text.
-    """
-    text = text.rsplit("</think>", 1)[-1]
-    hashes = text.rfind("####")
-    boxes, opened = [], []  # per open brace the place where its \boxed{ starts, or -1 for a plain brace
-    for token in re.finditer(r"\\f?boxed\s*\{|\\f?boxed +(?=[^\s{])|\\[{}]|[{}]", text):
-        if token[0] == "}" and opened:
-            box, start = opened.pop()
-            if box >= 0:
-                boxes.append((box, text[start : token.start()]))
-        elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append((token.start() if len(token[0]) > 1 else -1, token.end()))
-        elif token[0][-1] == " ":  # \boxed 5
-            boxes.append((token.start(), re.match(r"[^\s$.,]*", text[token.end() : token.end() + LONGEST])[0]))
-    boxes = [inside.strip() for box, inside in sorted(boxes) if box > hashes]
-    return boxes or ([text[hashes + 4 :].strip().split("\n", 1)[0].strip()] if hashes >= 0 else [])
-
-
-def final_answer(text):
-    return (final_answers(text) or [None])[-1]
-
+# how an answer is read
 
 # How an answer is read: respelled in one way, cut into tokens, parsed by recursive descent into a small tree. Nothing is
 # ever evaluated as Python or by sympy's parser, and all sizes are bounded before anything is computed; what lies
 # beyond a bound, or cannot be read, is compared as text.
-
 LONGEST, DEEPEST, DIGITS, EXPONENT, FACTORIAL = 400, 40, 60, 2000, 200  # the benchmarks' longest gold has 210 characters
 
 
@@ -202,34 +225,9 @@ class Answer(NamedTuple):
     unit: str  # 'cm', 'degree', '%', …; '' without
 
 
-def is_correct(answer, gold):
-    """Does the answer say the same as the gold? From cheap to dear: as text, then as numbers, structures, expressions."""
-    if max(len(answer), len(gold)) > LONGEST:
-        return answer.strip() == gold.strip()
-    answer, gold = read(answer), read(gold)
-    if answer.text == gold.text != "":
-        return answer.unit == gold.unit or not (answer.unit and gold.unit)
-    if answer.unit and gold.unit and answer.unit != gold.unit:
-        return False
-    if not answer.items or not gold.items:
-        return False
-    try:
-        if same_items(answer.items, gold.items):
-            return True
-        # 50 % is 50, and 1/2 as well, but only where the sign is there to say so
-        return (answer.unit == "%") != (gold.unit == "%") and len(answer.items) == len(gold.items) == 1 and same(
-            *(("/", tree, ("number", Fraction(100))) if side.unit == "%" else tree
-              for side in (answer, gold) for tree in side.items))
-    except (Unreadable, ArithmeticError, ValueError, RecursionError, TypeError):
-        return False
-
-
-# one spelling ---------------------------------------------------------------------------------------------------------
-
 SIGNS = dict(pair.split(" ", 1) for pair in (
     "− -|– -|— -|× *|· *|⋅ *|∗ *|÷ /|⁄ /|π \\pi |∞ \\infty |° ^\\circ |≤ \\le |≥ \\ge |≠ \\ne |∪ \\cup |∩ \\cap |± \\pm |∈ \\in |"
     "θ \\theta |α \\alpha |β \\beta |√ \\sqrt |² ^2|³ ^3|½  1/2|¼  1/4|¾  3/4|’ '|\u00a0  |\u200b ").split("|"))
-
 UNITS = {}  # every spelling → the first of its line; ~ is a space
 for _line in """cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|in inch|ft foot feet|yd yard
     mi mile|g gram|kg kilogram|mg milligram|lb pound|oz ounce|s sec second|min minute|h hr hour|day|week|month|year yr
@@ -247,8 +245,34 @@ UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
 TEXTED = re.compile(r"\\(?:text|mathrm|mbox|textrm|rm|textbf|textit|operatorname|mathbf|mathit|textnormal)\s*\{([^{}]*)\}")
 LONG = "|".join(name for name in UNIT.split("|") if len(name) > 2 or name in ("cm", "mm", "km", "kg", "mg", "ft", "lb", "oz", "hr"))
 UNIT_AT_END = re.compile(rf"\s*(?:\x01\s*({UNIT})\.?\s*\x02|(?<=[\d\s}}])({LONG})\.?)\s*(?:\^\s*\{{?([23])\}}?)?$")
-
 WORD = re.compile(r"(?<![\\a-zA-Z])(?!sin|cos|tan|log|exp|sqrt|arc|sec|csc|cot|pi|inf|ln)[a-zA-Z]{3,}")
+
+
+@lru_cache(maxsize=4096)
+def read(text):
+    """Text → Answer."""
+    if len(text) > LONGEST:
+        return Answer(text.strip(), [], "")
+    text, unit = respell(text), ""
+    if match := re.search(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*$|\s*\\degree\s*$|\s*\x01\s*°\s*\x02$", text):
+        text, unit = text[: match.start()], "degree"
+    elif match := re.search(r"\s*%$", text):
+        text, unit = text[: match.start()], "%"
+    elif (match := UNIT_AT_END.search(text)) and match.start() > 0:
+        text, unit = text[: match.start()], UNITS[match[1] or match[2]] + (match[3] or "")
+    if text[:1] in ("\x04", "€", "£"):
+        text, unit = text[1:].strip(), unit or {"\x04": "dollar", "€": "euro", "£": "pound"}[text[0]]
+    text = text.replace("\x04", "")
+    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"[\x01\x02]", "", text))
+    plain = re.sub(r"\{([a-zA-Z0-9])\}", r"\1", plain)  # _{5} and _5
+    if re.fullmatch(r"\(?[A-Za-z]\)?", plain) and ("\x01" in text or "(" in plain):
+        return Answer(plain.strip("()").upper(), [], unit)  # a choice
+    if "\x01" in text or WORD.search(re.sub(r"\\(begin|end)\{\w+\}", "", text)):
+        return Answer(plain.casefold(), [], unit)  # words are compared as words
+    try:
+        return Answer(plain, Parser(text).answer(), unit)
+    except (Unreadable, RecursionError, ValueError, ArithmeticError):
+        return Answer(plain, [], unit)
 
 
 def respell(text):
@@ -281,34 +305,8 @@ def matching(text):
             return place
 
 
-@lru_cache(maxsize=4096)
-def read(text):
-    """Text → Answer."""
-    if len(text) > LONGEST:
-        return Answer(text.strip(), [], "")
-    text, unit = respell(text), ""
-    if match := re.search(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*$|\s*\\degree\s*$|\s*\x01\s*°\s*\x02$", text):
-        text, unit = text[: match.start()], "degree"
-    elif match := re.search(r"\s*%$", text):
-        text, unit = text[: match.start()], "%"
-    elif (match := UNIT_AT_END.search(text)) and match.start() > 0:
-        text, unit = text[: match.start()], UNITS[match[1] or match[2]] + (match[3] or "")
-    if text[:1] in ("\x04", "€", "£"):
-        text, unit = text[1:].strip(), unit or {"\x04": "dollar", "€": "euro", "£": "pound"}[text[0]]
-    text = text.replace("\x04", "")
-    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"[\x01\x02]", "", text))
-    plain = re.sub(r"\{([a-zA-Z0-9])\}", r"\1", plain)  # _{5} and _5
-    if re.fullmatch(r"\(?[A-Za-z]\)?", plain) and ("\x01" in text or "(" in plain):
-        return Answer(plain.strip("()").upper(), [], unit)  # a choice
-    if "\x01" in text or WORD.search(re.sub(r"\\(begin|end)\{\w+\}", "", text)):
-        return Answer(plain.casefold(), [], unit)  # words are compared as words
-    try:
-        return Answer(plain, Parser(text).answer(), unit)
-    except (Unreadable, RecursionError, ValueError, ArithmeticError):
-        return Answer(plain, [], unit)
-
-
-# from text to a tree --------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# from text to a tree
 
 TOKEN = re.compile(
     r"\s*(\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+"  # 1,234.5   8.7e8   .5
@@ -581,11 +579,11 @@ class Parser:
         return ("matrix", *rows)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# from trees to a verdict
+
 MP = mpmath.MPContext()  # a context of its own: its precision is nobody else's, in any thread
 MP.dps = 60
-
-# from trees to a verdict ----------------------------------------------------------------------------------------------
-
 ALIKE = ("tuple", "set", "matrix", "relation")
 
 
@@ -839,9 +837,6 @@ def applied(name, x):
     if name in ("exp", "sinh", "cosh") and abs(complex(x)) > 600:
         raise Unreadable("exp")
     return getattr(library, {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name))(x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main():

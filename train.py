@@ -204,6 +204,10 @@ def learning_rate(step, args):
     return rate
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the policy's log-probabilities
+
+
 class Policy(torch.nn.Module):
     """Any transformers causal language model that, told which tokens are a response, gives their log-probabilities.
 
@@ -261,90 +265,7 @@ class Critic(Policy):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is wrong, said while it is wrong
-
-
-def diagnose(rows, args):
-    """The known illnesses that the metrics so far show: {name: cause and remedy}."""
-    rows = [row for row in rows if row["step"] > 0]
-    found = {}
-    if len(rows) < 10:
-        return found
-    first, last = rows[:10], rows[-10:]
-    mean = lambda some, key: sum(row[key] for row in some) / len(some)
-    best = max(mean(rows[i : i + 10], "reward") for i in range(len(rows) - 9))
-    if mean(last, "unsolved") > 0.7:
-        found["unsolved"] = (f"{mean(last, 'unsolved'):.0%} of the prompts have V̂* = 0: π_ref never solved them, so there is "
-                             "little to learn from and the loss stays. A checker that misreads the answers (look at some), too "
-                             "weak a reference or too hard problems; --filter_unsolved leaves them out.")
-    if mean(first, "finished") < 0.2 and mean(last, "finished") < 0.2:
-        found["no EOS"] = ("nearly no answer ends with EOS, so all earn 0. Does the prompt fit the model (--chat for chat "
-                           "models)? Otherwise raise --max_new_tokens in both stages.")
-    elif mean(last, "finished") < min(0.8, mean(first, "finished") - 0.15) and mean(last, "length") > mean(first, "length"):
-        found["cut off"] = (f"answers grow until they are cut off: {mean(first, 'finished'):.0%} ended with EOS, now "
-                            f"{mean(last, 'finished'):.0%}. Raise --max_new_tokens in both stages, or --beta2.")
-    if mean(first, "reward") > 0.95:
-        found["saturated"] = f"π_ref already earns {mean(first, 'reward'):.2f}: nothing is left to learn. Take harder problems."
-    elif len(rows) >= 30 and mean(last, "log_ratio_abs") < 0.01:
-        found["still"] = (f"the policy does not move: after {rows[-1]['step']} steps |ln π/π_ref| is "
-                          f"{mean(last, 'log_ratio_abs'):.1g}. Raise --lr, or lower --beta2 if it is large.")
-    # π* ∝ π_ref exp(r/β2) trades at most 1 of reward, so KL ≤ 1/β2; beyond it the policy is worse than π_ref
-    if args.algo != "grpo" and mean(last, "kl") * args.beta2 > 1:
-        found["runaway"] = (f"the KL to π_ref runs away: {mean(last, 'kl'):.1f}, and no reward is worth more than 1/β2 = "
-                            f"{1 / args.beta2:g}. Lower --lr, or use more --warmup.")
-    if best > 0.1 and mean(last, "reward") < 0.6 * best:
-        found["collapse"] = (f"the reward fell from {best:.2f} to {mean(last, 'reward'):.2f}. Lower --lr, raise --beta2 or "
-                             "--batch_size.")
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the machine: shards, micro-batches, sums over processes
-
-
-def shard(policy, device, dtype, master=False, offload=False):
-    """Spread the weights over all processes (FSDP2): a group of its own for each block, one for what is left (tied
-    embeddings stay together). The policy keeps fp32 masters, computes in `dtype` and sums gradients in fp32."""
-    if not dist.is_initialized():
-        return policy.to(device, torch.float32)
-    mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
-    options = dict(mesh=mesh)
-    if master and dtype != torch.float32:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    if not master:  # no backward pass will come, until which FSDP would leave embeddings and head gathered
-        options["reshard_after_forward"] = True
-    if offload and device.type == "cuda":
-        options["offload_policy"] = CPUOffloadPolicy()
-    for module in (*policy.blocks, policy):
-        # block by block, so that no GPU ever holds the whole model
-        module.to("cpu" if "offload_policy" in options else device, torch.float32 if master else None)
-        fully_shard(module, **options)
-    return policy
-
-
-@contextmanager
-def gathered(policy):
-    """All weights whole on every process, gathered once for a rollout and not once for every token."""
-    groups = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    for module in groups:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in groups:
-        module.set_reshard_after_forward(module is not policy, recurse=False)
-        module.reshard()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def total(**values):
-    """Sums over all processes."""
-    sums = torch.tensor(list(values.values()), dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return dict(zip(values, sums.tolist()))
+# the rollout, the loop and its step
 
 
 class Sample(NamedTuple):
@@ -354,51 +275,111 @@ class Sample(NamedTuple):
     reward: float
 
 
-def microbatches(samples, budget, device, together=1):
-    """Rows of like length, together at most `budget` padded tokens: [(indices, ids, response)]. All processes get equally
-    many (FSDP's collectives must pair up); the ones made up for that have no index and count for nothing. `together`
-    neighbours (REBEL's pairs) are not parted."""
-    length = [len(sample.row["tokens"]) + len(sample.answer.tokens) for sample in samples]
-    longest = [max(length[i : i + together]) for i in range(0, len(samples), together)]
-    groups, width = [], 0
-    for unit in sorted(range(len(longest)), key=lambda unit: -longest[unit]):
-        if not groups or (len(groups[-1]) + together) * width > budget:
-            groups.append([])
-            width = longest[unit]
-        groups[-1] += range(unit * together, (unit + 1) * together)
-    count = torch.tensor(len(groups))
-    if dist.is_initialized():
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-    batches = []
-    for group in groups:
-        width = max(length[i] for i in group)
-        ids = torch.zeros(len(group), width, dtype=torch.long)
-        response = torch.zeros(len(group), width, dtype=torch.bool)
-        for row, i in enumerate(group):
-            prompt, answer = samples[i].row["tokens"], samples[i].answer.tokens
-            ids[row, : length[i]] = torch.tensor(prompt + answer)
-            response[row, len(prompt) : length[i]] = True  # up to and including the first EOS, and nothing after it
-        batches.append((group, ids.to(device), response.to(device)))
-    made_up = ([], torch.zeros(1, 2, dtype=torch.long, device=device), torch.tensor([[False, True]], device=device))
-    return batches + [made_up] * (int(count) - len(groups))
+def rollout(sampler, policy, tokenizer, rows, seeds, n=1):
+    """One answer to each prompt from the current policy, graded (n for the baselines that compare answers)."""
+    prompts = [row["tokens"] for row in rows]
+    if isinstance(sampler, VLLMSampler):
+        sampler.wake()
+        # the state dict, unlike named_parameters, names tied weights twice; vLLM keeps a head of its own
+        sampler.load((name.removeprefix("model."), whole(tensor)) for name, tensor in policy.state_dict().items())
+        answers = sampler.generate(prompts, n, seeds)
+        sampler.sleep()
+    else:
+        with gathered(policy):
+            answers = sampler.generate(prompts, n, seeds)
+    decoded = [(row, answer, tokenizer.decode(answer.tokens, skip_special_tokens=True))
+               for row, copies in zip(rows, answers) for answer in copies]
+    return [Sample(row, answer, text, reward(text, row["answer"], answer.finished)) for row, answer, text in decoded]
 
 
-@torch.no_grad()
-def by_token(model, samples, args, device):
-    """What a model gives each token: (samples, longest - 1) fp32, 0 outside the answers. By the same code and the same
-    micro-batches as the update."""
-    widest = max((len(sample.row["tokens"]) + len(sample.answer.tokens) for sample in samples), default=2)
-    values = torch.zeros(len(samples), widest - 1, device=device)
-    for group, ids, response in microbatches(samples, args.tokens_per_microbatch, device):
-        found = model(input_ids=ids, response=response, temperature=args.temperature)
-        values[group, : ids.shape[1] - 1] = found[: len(group)]
-    return values
+def prompts_of_step(rows, step, args):
+    """This process's [(place, row)] of a step: pass after pass over all prompts, each in an order of its own. The place counts
+    the answers since the run began; order and seeds are functions of it and --seed, so nothing needs to be remembered."""
+    places = range(step * args.batch_size, (step + 1) * args.batch_size)
+    orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(rows))
+              for epoch in {place // len(rows) for place in places}}
+    return [(place, rows[orders[place // len(rows)][place % len(rows)]]) for place in places[RANK::WORLD]]
 
 
-def needs_old_logp(args):
-    """PPO's reward holds it; the others need it where several updates follow, after the first of which π is no longer what wrote
-    the answers."""
-    return args.algo == "ppo" or (args.algo != "apo" and args.minibatches * args.passes > 1)
+def train(args, rows, held_out, tokenizer, policy, reference, critic, trained, optimizer, sampler, start, device):
+    history = read_metrics(args, start)
+    seconds = dict.fromkeys(("sampling", "reference", "update", "evaluation", "saving"), 0.0)
+    timed = lambda phase: stopwatch(seconds, phase, device)
+    stopping, told, mismatches = [], set(), []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stopping.append(number))
+    wandb = start_wandb(args)
+
+    def evaluate():
+        """The share of held-out problems answered rightly: each time the same problems and random numbers."""
+        with timed("evaluation"):
+            mine = held_out[RANK::WORLD]
+            seeds = [prompt_seed(f"{args.seed}/held out", row["id"]) for row in mine]
+            right = sum(s.reward for s in rollout(sampler, policy, tokenizer, mine, seeds))
+            return total(right=right)["right"] / len(held_out)
+
+    if start == 0 and held_out:
+        log(dict(step=0, accuracy=evaluate()), history, seconds, args, wandb)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage 2", disable=RANK > 0)
+    for step in bar:  # so many steps have been taken
+        mine, first = prompts_of_step(rows, step, args), None
+        with timed("sampling"):
+            seeds = [prompt_seed(f"{args.seed}/{place}", row["id"]) for place, row in mine]
+            samples = rollout(sampler, policy, tokenizer, [row for _, row in mine], seeds, args.group)
+        with timed("reference"):
+            known = targets(policy, reference, critic, samples, args, device)
+        with timed("update"):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, args)
+            for part in [*range(args.minibatches)] * args.passes:
+                chosen = [i for i in range(len(samples))
+                          if mine[i // args.group][0] % args.batch_size % args.minibatches == part]
+                tokens = total(tokens=sum(len(samples[i].answer.tokens) for i in chosen))["tokens"]
+                count = len(range(part, args.batch_size, args.minibatches)) * args.group  # sequences of all processes
+                over = dict(ppo=tokens, rebel=count / 2).get(args.algo, count)  # the loss is a mean over tokens, pairs, sequences
+                sums, norm = update(policy, optimizer, [samples[i] for i in chosen],
+                                    {name: tensor[chosen] for name, tensor in known.items()}, over, args, device, critic)
+                if first is None:  # until the first update of this batch, π is what sampled it
+                    first = {key: value / count for key, value in total(**sums).items()}
+                    first.update(loss=first["loss"] * count / over, tokens=tokens / count)
+                    check_numbers(first, step, mismatches, args)
+
+        done = step + 1
+        means = total(reward=sum(s.reward for s in samples), vstar=sum(s.row["vstar"] for s in samples),
+                      length=sum(len(s.answer.tokens) for s in samples), finished=sum(s.answer.finished for s in samples),
+                      unsolved=sum(not any(s.row["rewards"][: args.n]) for s in samples))
+        means = {key: value / args.batch_size / args.group for key, value in means.items()}
+        metrics = dict(
+            step=done, loss=first["loss"], **means, advantage=means["reward"] - means["vstar"],
+            kl=first["log_ratio"], log_ratio_abs=first["log_ratio_abs"],
+            entropy=-first["logp"] / first["tokens"],  # on-policy: the mean of -ln π of what was sampled
+            mismatch=first["mismatch"] / first["tokens"], grad_norm=norm, lr=args.lr * learning_rate(step, args),
+        )
+        if held_out and (done % args.eval_every == 0 or done == args.steps):
+            metrics["accuracy"] = evaluate()
+        spent = seconds["sampling"] + seconds["reference"] + seconds["update"]
+        metrics["tokens_per_second"] = round(means["length"] * args.batch_size * args.group / spent)
+        metrics["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
+                                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+        log(metrics, history, seconds, args, wandb)
+        if RANK == 0:
+            show(bar, metrics, history, samples, told, args)
+
+        stop = total(stop=float(bool(stopping)))["stop"] > 0  # all processes stop after the same step
+        if done % args.save_every == 0 or done == args.steps or stop:
+            with timed("saving"):
+                save_checkpoint(args, done, trained, optimizer)
+                if RANK == 0:
+                    curves(history, args.out / "curves.png")
+        if stop and done < args.steps:
+            bar.close()
+            if RANK == 0:
+                print(f"stopped and saved after step {done}; the same command goes on from here")
+            return
+    bar.close()
+    save_model(args, policy, tokenizer)
+    if RANK == 0:
+        report(args, history, len(held_out))
 
 
 @torch.no_grad()
@@ -425,6 +406,12 @@ def targets(policy, reference, critic, samples, args, device):
         mean = sums["advantage"] / sums["tokens"]
         known["advantage"] = (advantage - mean) / math.sqrt(sums["squares"] / sums["tokens"] - mean**2 + 1e-8)
     return known
+
+
+def needs_old_logp(args):
+    """PPO's reward holds it; the others need it where several updates follow, after the first of which π is no longer what wrote
+    the answers."""
+    return args.algo == "ppo" or (args.algo != "apo" and args.minibatches * args.passes > 1)
 
 
 def objective(logp, response, known, args):
@@ -483,6 +470,242 @@ def update(policy, optimizer, samples, known, count, args, device, critic=None):
     optimizer.step()
     optimizer.zero_grad()
     return sums, norm
+
+
+def check_numbers(means, step, mismatches, args):
+    """What silently ruins runs: π is not π_ref at the start, or the engine samples with other weights than π's."""
+    tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats per token; bf16 rounds
+    off, mismatch = means["log_ratio_abs"] / means["tokens"], means["mismatch"] / means["tokens"]
+    if step == 0 and off > tolerance:
+        fail(f"at step 0 π and π_ref should agree, but their log-probabilities differ by {off:.3g} per token")
+    if mismatch > max(tolerance, 10 * float(np.median(mismatches or [0]))):
+        fail(f"the sampler's log-probabilities are off the trainer's by {mismatch:.3g} per token: does it still hold old weights?")
+    mismatches.append(mismatch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the start
+
+
+def main():
+    args = parse_args()
+    if args.plan is not None:
+        return show_plan(args)
+    warnings.filterwarnings("ignore", module="torch.distributed|torch.storage|torch.utils._pytree")
+    device = own_devices()
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, args.dtype)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if WORLD > 1:
+        dist.init_process_group(backend)
+    elif dtype != torch.float32 or device.type == "cuda":  # a mesh of one: the same code keeps fp32 masters, computes in bf16
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if RANK > 0:
+        meet("files")  # the first process reports what is wrong, downloads and prepares; the others follow
+    rows, held_out, tokenizer, eos, stage1 = prepare(args)
+    engine, why = pick_engine(args.engine)
+    args.engine = engine
+    settings = run_settings(args, stage1, sum(row["vstar"] for row in rows))
+    settings = json.loads(json.dumps(settings, default=str))
+    if RANK == 0:
+        start = check_run(args, settings)
+        print(f"Stage 2: {len(rows)} prompts of {stage1['data']}, {args.steps} steps of {args.batch_size} from {args.model}, "
+              f"{engine} ({why}), {WORLD} × {device.type} {args.dtype}")
+        if not held_out:
+            print("no --eval_data: no held-out accuracy")
+        meet("files")
+    if WORLD > 1:
+        box = [start if RANK == 0 else None]
+        dist.broadcast_object_list(box)
+        start = box[0]
+
+    # the engine first, while the memory is free; then π with fp32 masters, then π_ref
+    longest = max(len(row["tokens"]) for row in rows + held_out)
+    sampler = None
+    if engine == "vllm":
+        sampler = VLLMSampler(args.model, args.revision, args.dtype, eos, args.max_new_tokens, args.temperature, args.seed + RANK,
+                              longest + args.max_new_tokens, args.gpu_memory, logps=True, sleep=device.type == "cuda")
+        sampler.sleep()
+    recompute = args.checkpoint_activations == "yes" or (args.checkpoint_activations == "auto" and device.type == "cuda")
+    policy = Policy(load_model(args, "cpu", "auto"), recompute)
+    policy.checkpoint_dtype = policy.model.dtype  # what the finished model is saved in
+    shard(policy, device, dtype, master=True)
+    reference = Policy(load_model(args, "cpu", dtype)).requires_grad_(False)
+    shard(reference, device, dtype, offload=args.offload_reference)
+    groups, critic, trained = [dict(params=policy.parameters(), peak=args.lr)], None, policy
+    if args.algo == "ppo":
+        critic = shard(Critic(load_model(args, "cpu", "auto"), recompute), device, dtype, master=True)
+        groups.append(dict(params=critic.parameters(), peak=args.critic_lr))
+        trained = torch.nn.ModuleList([policy, critic])
+    optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=device.type == "cuda")
+    if sampler is None:
+        sampler = TransformersSampler(policy, eos, args.max_new_tokens, args.temperature, args.batch)
+    check_head(policy, device, args)
+    if start > 0:
+        load_checkpoint(args, start, trained, optimizer)
+        if RANK == 0:
+            print(f"going on after step {start}")
+    train(args, rows, held_out, tokenizer, policy, reference, critic, trained, optimizer, sampler, start, device)
+    sampler.wake()  # what sleeps cannot be freed
+    del sampler
+    gc.collect()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def prepare(args):
+    """Stage 1's rows with V̂*, the tokenizer, and the held-out problems; refuses what does not fit together."""
+    config = args.vstar.with_suffix(".config.json")
+    for path in (args.vstar, config):
+        if not path.exists():
+            fail(f"{path}: no such file; run vstar.py first (or name its output with --vstar)")
+    rows, stage1 = read_rows(args.vstar), json.loads(config.read_text(encoding="utf-8"))["settings"]
+    changed = [f"--{key} {getattr(args, key)} (Stage 1: {stage1[key]})" for key in FROM_STAGE1
+               if getattr(args, key) not in (None, stage1[key])]
+    if changed:
+        fail(f"{args.vstar} holds V̂* for other settings: {', '.join(changed)}")
+    for key in FROM_STAGE1:
+        setattr(args, key, stage1[key])
+    if contents(args.model)["model's weights"] != stage1.get("model's weights"):
+        fail(f"{args.model} has changed since Stage 1: {args.vstar} holds the V̂* of other weights; run vstar.py again")
+    if args.temperature == 0:
+        fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
+    args.beta1, args.n = args.beta1 or stage1["beta1"], args.n or stage1["n"]
+    if args.n > stage1["n"]:
+        fail(f"--n {args.n}: Stage 1 kept {stage1['n']} rewards per prompt")
+    for row, vstar in zip(rows, estimate_vstar([row["rewards"][: args.n] for row in rows], args.beta1).tolist()):
+        row["vstar"] = vstar
+    if args.filter_unsolved:
+        rows = [row for row in rows if any(row["rewards"][: args.n])]
+        if not rows:
+            fail("--filter_unsolved leaves no prompt: π_ref solved none of them")
+    if args.steps is None:
+        args.steps = math.ceil(args.epochs * len(rows) / args.batch_size)
+    if args.eval_data is None and DATASETS.get(stage1["data"], [1] * 3)[2] is None:
+        args.eval_data = stage1["data"]
+    held_out = load_problems(args.eval_data, args.eval_split)[: args.eval_limit] if args.eval_data else []
+    tokenizer, eos, window = load_tokenizer(args)
+    ask(held_out, tokenizer, window, args.suffix, args)
+    for row in rows:
+        row["tokens"] = encode(tokenizer, row["prompt"], args.chat)
+    return rows, held_out, tokenizer, eos, stage1
+
+
+@torch.no_grad()
+def check_head(policy, device, args):
+    """Is 'the last hidden state through the head' this architecture's logits? (Some scale or cap them afterwards.)"""
+    ids = torch.arange(1, 9, device=device)[None] % policy.config.get_text_config().vocab_size
+    response = torch.ones_like(ids, dtype=torch.bool)
+    ours = policy(input_ids=ids, response=response, temperature=args.temperature)
+    logits = policy(input_ids=ids, use_cache=False).logits.float() / args.temperature
+    theirs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    if (ours - theirs).abs().mean() > 0.1:  # one alone may be off by the step from one bf16 number to the next
+        fail(f"--model {args.model}: this architecture changes its logits after the head, which Policy.head does not know")
+
+
+def show_plan(args):
+    """What this run would need, from Stage 1's rows or, without them, from the config of --model."""
+    from plan import plan_training
+
+    prompt, answer = 200, None
+    if args.model is None:
+        rows, *_ = prepare(args)
+        prompt = np.mean([len(row["tokens"]) for row in rows])
+        answer = np.mean([row["lengths"] for row in rows])
+    args.max_new_tokens = args.max_new_tokens or 1024
+    plan_training(args, prompt, answer or args.max_new_tokens / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the machine: shards, micro-batches, sums over processes
+
+
+def shard(policy, device, dtype, master=False, offload=False):
+    """Spread the weights over all processes (FSDP2): a group of its own for each block, one for what is left (tied
+    embeddings stay together). The policy keeps fp32 masters, computes in `dtype` and sums gradients in fp32."""
+    if not dist.is_initialized():
+        return policy.to(device, torch.float32)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (WORLD,))
+    options = dict(mesh=mesh)
+    if master and dtype != torch.float32:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if not master:  # no backward pass will come, until which FSDP would leave embeddings and head gathered
+        options["reshard_after_forward"] = True
+    if offload and device.type == "cuda":
+        options["offload_policy"] = CPUOffloadPolicy()
+    for module in (*policy.blocks, policy):
+        # block by block, so that no GPU ever holds the whole model
+        module.to("cpu" if "offload_policy" in options else device, torch.float32 if master else None)
+        fully_shard(module, **options)
+    return policy
+
+
+@contextmanager
+def gathered(policy):
+    """All weights whole on every process, gathered once for a rollout and not once for every token."""
+    groups = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in groups:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in groups:
+        module.set_reshard_after_forward(module is not policy, recurse=False)
+        module.reshard()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def total(**values):
+    """Sums over all processes."""
+    sums = torch.tensor(list(values.values()), dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
+
+
+def microbatches(samples, budget, device, together=1):
+    """Rows of like length, together at most `budget` padded tokens: [(indices, ids, response)]. All processes get equally
+    many (FSDP's collectives must pair up); the ones made up for that have no index and count for nothing. `together`
+    neighbours (REBEL's pairs) are not parted."""
+    length = [len(sample.row["tokens"]) + len(sample.answer.tokens) for sample in samples]
+    longest = [max(length[i : i + together]) for i in range(0, len(samples), together)]
+    groups, width = [], 0
+    for unit in sorted(range(len(longest)), key=lambda unit: -longest[unit]):
+        if not groups or (len(groups[-1]) + together) * width > budget:
+            groups.append([])
+            width = longest[unit]
+        groups[-1] += range(unit * together, (unit + 1) * together)
+    count = torch.tensor(len(groups))
+    if dist.is_initialized():
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+    batches = []
+    for group in groups:
+        width = max(length[i] for i in group)
+        ids = torch.zeros(len(group), width, dtype=torch.long)
+        response = torch.zeros(len(group), width, dtype=torch.bool)
+        for row, i in enumerate(group):
+            prompt, answer = samples[i].row["tokens"], samples[i].answer.tokens
+            ids[row, : length[i]] = torch.tensor(prompt + answer)
+            response[row, len(prompt) : length[i]] = True  # up to and including the first EOS, and nothing after it
+        batches.append((group, ids.to(device), response.to(device)))
+    made_up = ([], torch.zeros(1, 2, dtype=torch.long, device=device), torch.tensor([[False, True]], device=device))
+    return batches + [made_up] * (int(count) - len(groups))
+
+
+@torch.no_grad()
+def by_token(model, samples, args, device):
+    """What a model gives each token: (samples, longest - 1) fp32, 0 outside the answers. By the same code and the same
+    micro-batches as the update."""
+    widest = max((len(sample.row["tokens"]) + len(sample.answer.tokens) for sample in samples), default=2)
+    values = torch.zeros(len(samples), widest - 1, device=device)
+    for group, ids, response in microbatches(samples, args.tokens_per_microbatch, device):
+        found = model(input_ids=ids, response=response, temperature=args.temperature)
+        values[group, : ids.shape[1] - 1] = found[: len(group)]
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,6 +836,40 @@ def stopwatch(seconds, phase, device):
 # what a person sees
 
 
+def diagnose(rows, args):
+    """The known illnesses that the metrics so far show: {name: cause and remedy}."""
+    rows = [row for row in rows if row["step"] > 0]
+    found = {}
+    if len(rows) < 10:
+        return found
+    first, last = rows[:10], rows[-10:]
+    mean = lambda some, key: sum(row[key] for row in some) / len(some)
+    best = max(mean(rows[i : i + 10], "reward") for i in range(len(rows) - 9))
+    if mean(last, "unsolved") > 0.7:
+        found["unsolved"] = (f"{mean(last, 'unsolved'):.0%} of the prompts have V̂* = 0: π_ref never solved them, so there is "
+                             "little to learn from and the loss stays. A checker that misreads the answers (look at some), too "
+                             "weak a reference or too hard problems; --filter_unsolved leaves them out.")
+    if mean(first, "finished") < 0.2 and mean(last, "finished") < 0.2:
+        found["no EOS"] = ("nearly no answer ends with EOS, so all earn 0. Does the prompt fit the model (--chat for chat "
+                           "models)? Otherwise raise --max_new_tokens in both stages.")
+    elif mean(last, "finished") < min(0.8, mean(first, "finished") - 0.15) and mean(last, "length") > mean(first, "length"):
+        found["cut off"] = (f"answers grow until they are cut off: {mean(first, 'finished'):.0%} ended with EOS, now "
+                            f"{mean(last, 'finished'):.0%}. Raise --max_new_tokens in both stages, or --beta2.")
+    if mean(first, "reward") > 0.95:
+        found["saturated"] = f"π_ref already earns {mean(first, 'reward'):.2f}: nothing is left to learn. Take harder problems."
+    elif len(rows) >= 30 and mean(last, "log_ratio_abs") < 0.01:
+        found["still"] = (f"the policy does not move: after {rows[-1]['step']} steps |ln π/π_ref| is "
+                          f"{mean(last, 'log_ratio_abs'):.1g}. Raise --lr, or lower --beta2 if it is large.")
+    # π* ∝ π_ref exp(r/β2) trades at most 1 of reward, so KL ≤ 1/β2; beyond it the policy is worse than π_ref
+    if args.algo != "grpo" and mean(last, "kl") * args.beta2 > 1:
+        found["runaway"] = (f"the KL to π_ref runs away: {mean(last, 'kl'):.1f}, and no reward is worth more than 1/β2 = "
+                            f"{1 / args.beta2:g}. Lower --lr, or use more --warmup.")
+    if best > 0.1 and mean(last, "reward") < 0.6 * best:
+        found["collapse"] = (f"the reward fell from {best:.2f} to {mean(last, 'reward'):.2f}. Lower --lr, raise --beta2 or "
+                             "--batch_size.")
+    return found
+
+
 def curves(rows, path):
     """Reward and accuracy, KL, loss, length: over steps above, over seconds below."""
     import matplotlib
@@ -668,258 +925,6 @@ def report(args, history, count):
         print("seconds " + ", ".join(f"{phase} {value:.0f}" for phase, value in phases.items()))
     print(f"→ {args.out}/curves.png, {args.out}/metrics.jsonl and the model:\n"
           f"  AutoModelForCausalLM.from_pretrained(\"{args.out}/model\")   or   vllm serve {args.out}/model")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def prepare(args):
-    """Stage 1's rows with V̂*, the tokenizer, and the held-out problems; refuses what does not fit together."""
-    config = args.vstar.with_suffix(".config.json")
-    for path in (args.vstar, config):
-        if not path.exists():
-            fail(f"{path}: no such file; run vstar.py first (or name its output with --vstar)")
-    rows, stage1 = read_rows(args.vstar), json.loads(config.read_text(encoding="utf-8"))["settings"]
-    changed = [f"--{key} {getattr(args, key)} (Stage 1: {stage1[key]})" for key in FROM_STAGE1
-               if getattr(args, key) not in (None, stage1[key])]
-    if changed:
-        fail(f"{args.vstar} holds V̂* for other settings: {', '.join(changed)}")
-    for key in FROM_STAGE1:
-        setattr(args, key, stage1[key])
-    if contents(args.model)["model's weights"] != stage1.get("model's weights"):
-        fail(f"{args.model} has changed since Stage 1: {args.vstar} holds the V̂* of other weights; run vstar.py again")
-    if args.temperature == 0:
-        fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
-    args.beta1, args.n = args.beta1 or stage1["beta1"], args.n or stage1["n"]
-    if args.n > stage1["n"]:
-        fail(f"--n {args.n}: Stage 1 kept {stage1['n']} rewards per prompt")
-    for row, vstar in zip(rows, estimate_vstar([row["rewards"][: args.n] for row in rows], args.beta1).tolist()):
-        row["vstar"] = vstar
-    if args.filter_unsolved:
-        rows = [row for row in rows if any(row["rewards"][: args.n])]
-        if not rows:
-            fail("--filter_unsolved leaves no prompt: π_ref solved none of them")
-    if args.steps is None:
-        args.steps = math.ceil(args.epochs * len(rows) / args.batch_size)
-    if args.eval_data is None and DATASETS.get(stage1["data"], [1] * 3)[2] is None:
-        args.eval_data = stage1["data"]
-    held_out = load_problems(args.eval_data, args.eval_split)[: args.eval_limit] if args.eval_data else []
-    tokenizer, eos, window = load_tokenizer(args)
-    ask(held_out, tokenizer, window, args.suffix, args)
-    for row in rows:
-        row["tokens"] = encode(tokenizer, row["prompt"], args.chat)
-    return rows, held_out, tokenizer, eos, stage1
-
-
-def main():
-    args = parse_args()
-    if args.plan is not None:
-        return show_plan(args)
-    warnings.filterwarnings("ignore", module="torch.distributed|torch.storage|torch.utils._pytree")
-    device = own_devices()
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, args.dtype)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if WORLD > 1:
-        dist.init_process_group(backend)
-    elif dtype != torch.float32 or device.type == "cuda":  # a mesh of one: the same code keeps fp32 masters, computes in bf16
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if RANK > 0:
-        meet("files")  # the first process reports what is wrong, downloads and prepares; the others follow
-    rows, held_out, tokenizer, eos, stage1 = prepare(args)
-    engine, why = pick_engine(args.engine)
-    args.engine = engine
-    settings = run_settings(args, stage1, sum(row["vstar"] for row in rows))
-    settings = json.loads(json.dumps(settings, default=str))
-    if RANK == 0:
-        start = check_run(args, settings)
-        print(f"Stage 2: {len(rows)} prompts of {stage1['data']}, {args.steps} steps of {args.batch_size} from {args.model}, "
-              f"{engine} ({why}), {WORLD} × {device.type} {args.dtype}")
-        if not held_out:
-            print("no --eval_data: no held-out accuracy")
-        meet("files")
-    if WORLD > 1:
-        box = [start if RANK == 0 else None]
-        dist.broadcast_object_list(box)
-        start = box[0]
-
-    # the engine first, while the memory is free; then π with fp32 masters, then π_ref
-    longest = max(len(row["tokens"]) for row in rows + held_out)
-    sampler = None
-    if engine == "vllm":
-        sampler = VLLMSampler(args.model, args.revision, args.dtype, eos, args.max_new_tokens, args.temperature, args.seed + RANK,
-                              longest + args.max_new_tokens, args.gpu_memory, logps=True, sleep=device.type == "cuda")
-        sampler.sleep()
-    recompute = args.checkpoint_activations == "yes" or (args.checkpoint_activations == "auto" and device.type == "cuda")
-    policy = Policy(load_model(args, "cpu", "auto"), recompute)
-    policy.checkpoint_dtype = policy.model.dtype  # what the finished model is saved in
-    shard(policy, device, dtype, master=True)
-    reference = Policy(load_model(args, "cpu", dtype)).requires_grad_(False)
-    shard(reference, device, dtype, offload=args.offload_reference)
-    groups, critic, trained = [dict(params=policy.parameters(), peak=args.lr)], None, policy
-    if args.algo == "ppo":
-        critic = shard(Critic(load_model(args, "cpu", "auto"), recompute), device, dtype, master=True)
-        groups.append(dict(params=critic.parameters(), peak=args.critic_lr))
-        trained = torch.nn.ModuleList([policy, critic])
-    optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=device.type == "cuda")
-    if sampler is None:
-        sampler = TransformersSampler(policy, eos, args.max_new_tokens, args.temperature, args.batch)
-    check_head(policy, device, args)
-    if start > 0:
-        load_checkpoint(args, start, trained, optimizer)
-        if RANK == 0:
-            print(f"going on after step {start}")
-    train(args, rows, held_out, tokenizer, policy, reference, critic, trained, optimizer, sampler, start, device)
-    sampler.wake()  # what sleeps cannot be freed
-    del sampler
-    gc.collect()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def show_plan(args):
-    """What this run would need, from Stage 1's rows or, without them, from the config of --model."""
-    from plan import plan_training
-
-    prompt, answer = 200, None
-    if args.model is None:
-        rows, *_ = prepare(args)
-        prompt = np.mean([len(row["tokens"]) for row in rows])
-        answer = np.mean([row["lengths"] for row in rows])
-    args.max_new_tokens = args.max_new_tokens or 1024
-    plan_training(args, prompt, answer or args.max_new_tokens / 2)
-
-
-@torch.no_grad()
-def check_head(policy, device, args):
-    """Is 'the last hidden state through the head' this architecture's logits? (Some scale or cap them afterwards.)"""
-    ids = torch.arange(1, 9, device=device)[None] % policy.config.get_text_config().vocab_size
-    response = torch.ones_like(ids, dtype=torch.bool)
-    ours = policy(input_ids=ids, response=response, temperature=args.temperature)
-    logits = policy(input_ids=ids, use_cache=False).logits.float() / args.temperature
-    theirs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    if (ours - theirs).abs().mean() > 0.1:  # one alone may be off by the step from one bf16 number to the next
-        fail(f"--model {args.model}: this architecture changes its logits after the head, which Policy.head does not know")
-
-
-def train(args, rows, held_out, tokenizer, policy, reference, critic, trained, optimizer, sampler, start, device):
-    history = read_metrics(args, start)
-    seconds = dict.fromkeys(("sampling", "reference", "update", "evaluation", "saving"), 0.0)
-    timed = lambda phase: stopwatch(seconds, phase, device)
-    stopping, told, mismatches = [], set(), []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stopping.append(number))
-    wandb = start_wandb(args)
-
-    def evaluate():
-        """The share of held-out problems answered rightly: each time the same problems and random numbers."""
-        with timed("evaluation"):
-            mine = held_out[RANK::WORLD]
-            seeds = [prompt_seed(f"{args.seed}/held out", row["id"]) for row in mine]
-            right = sum(s.reward for s in rollout(sampler, policy, tokenizer, mine, seeds))
-            return total(right=right)["right"] / len(held_out)
-
-    if start == 0 and held_out:
-        log(dict(step=0, accuracy=evaluate()), history, seconds, args, wandb)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="Stage 2", disable=RANK > 0)
-    for step in bar:  # so many steps have been taken
-        mine, first = prompts_of_step(rows, step, args), None
-        with timed("sampling"):
-            seeds = [prompt_seed(f"{args.seed}/{place}", row["id"]) for place, row in mine]
-            samples = rollout(sampler, policy, tokenizer, [row for _, row in mine], seeds, args.group)
-        with timed("reference"):
-            known = targets(policy, reference, critic, samples, args, device)
-        with timed("update"):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, args)
-            for part in [*range(args.minibatches)] * args.passes:
-                chosen = [i for i in range(len(samples))
-                          if mine[i // args.group][0] % args.batch_size % args.minibatches == part]
-                tokens = total(tokens=sum(len(samples[i].answer.tokens) for i in chosen))["tokens"]
-                count = len(range(part, args.batch_size, args.minibatches)) * args.group  # sequences of all processes
-                over = dict(ppo=tokens, rebel=count / 2).get(args.algo, count)  # the loss is a mean over tokens, pairs, sequences
-                sums, norm = update(policy, optimizer, [samples[i] for i in chosen],
-                                    {name: tensor[chosen] for name, tensor in known.items()}, over, args, device, critic)
-                if first is None:  # until the first update of this batch, π is what sampled it
-                    first = {key: value / count for key, value in total(**sums).items()}
-                    first.update(loss=first["loss"] * count / over, tokens=tokens / count)
-                    check_numbers(first, step, mismatches, args)
-
-        done = step + 1
-        means = total(reward=sum(s.reward for s in samples), vstar=sum(s.row["vstar"] for s in samples),
-                      length=sum(len(s.answer.tokens) for s in samples), finished=sum(s.answer.finished for s in samples),
-                      unsolved=sum(not any(s.row["rewards"][: args.n]) for s in samples))
-        means = {key: value / args.batch_size / args.group for key, value in means.items()}
-        metrics = dict(
-            step=done, loss=first["loss"], **means, advantage=means["reward"] - means["vstar"],
-            kl=first["log_ratio"], log_ratio_abs=first["log_ratio_abs"],
-            entropy=-first["logp"] / first["tokens"],  # on-policy: the mean of -ln π of what was sampled
-            mismatch=first["mismatch"] / first["tokens"], grad_norm=norm, lr=args.lr * learning_rate(step, args),
-        )
-        if held_out and (done % args.eval_every == 0 or done == args.steps):
-            metrics["accuracy"] = evaluate()
-        spent = seconds["sampling"] + seconds["reference"] + seconds["update"]
-        metrics["tokens_per_second"] = round(means["length"] * args.batch_size * args.group / spent)
-        metrics["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
-                                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
-        log(metrics, history, seconds, args, wandb)
-        if RANK == 0:
-            show(bar, metrics, history, samples, told, args)
-
-        stop = total(stop=float(bool(stopping)))["stop"] > 0  # all processes stop after the same step
-        if done % args.save_every == 0 or done == args.steps or stop:
-            with timed("saving"):
-                save_checkpoint(args, done, trained, optimizer)
-                if RANK == 0:
-                    curves(history, args.out / "curves.png")
-        if stop and done < args.steps:
-            bar.close()
-            if RANK == 0:
-                print(f"stopped and saved after step {done}; the same command goes on from here")
-            return
-    bar.close()
-    save_model(args, policy, tokenizer)
-    if RANK == 0:
-        report(args, history, len(held_out))
-
-
-def prompts_of_step(rows, step, args):
-    """This process's [(place, row)] of a step: pass after pass over all prompts, each in an order of its own. The place counts
-    the answers since the run began; order and seeds are functions of it and --seed, so nothing needs to be remembered."""
-    places = range(step * args.batch_size, (step + 1) * args.batch_size)
-    orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(rows))
-              for epoch in {place // len(rows) for place in places}}
-    return [(place, rows[orders[place // len(rows)][place % len(rows)]]) for place in places[RANK::WORLD]]
-
-
-def rollout(sampler, policy, tokenizer, rows, seeds, n=1):
-    """One answer to each prompt from the current policy, graded (n for the baselines that compare answers)."""
-    prompts = [row["tokens"] for row in rows]
-    if isinstance(sampler, VLLMSampler):
-        sampler.wake()
-        # the state dict, unlike named_parameters, names tied weights twice; vLLM keeps a head of its own
-        sampler.load((name.removeprefix("model."), whole(tensor)) for name, tensor in policy.state_dict().items())
-        answers = sampler.generate(prompts, n, seeds)
-        sampler.sleep()
-    else:
-        with gathered(policy):
-            answers = sampler.generate(prompts, n, seeds)
-    decoded = [(row, answer, tokenizer.decode(answer.tokens, skip_special_tokens=True))
-               for row, copies in zip(rows, answers) for answer in copies]
-    return [Sample(row, answer, text, reward(text, row["answer"], answer.finished)) for row, answer, text in decoded]
-
-
-def check_numbers(means, step, mismatches, args):
-    """What silently ruins runs: π is not π_ref at the start, or the engine samples with other weights than π's."""
-    tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats per token; bf16 rounds
-    off, mismatch = means["log_ratio_abs"] / means["tokens"], means["mismatch"] / means["tokens"]
-    if step == 0 and off > tolerance:
-        fail(f"at step 0 π and π_ref should agree, but their log-probabilities differ by {off:.3g} per token")
-    if mismatch > max(tolerance, 10 * float(np.median(mismatches or [0]))):
-        fail(f"the sampler's log-probabilities are off the trainer's by {mismatch:.3g} per token: does it still hold old weights?")
-    mismatches.append(mismatch)
 
 
 if __name__ == "__main__":

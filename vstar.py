@@ -41,40 +41,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # a default of nothing is not worth a line
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def add_model_flags(parser):
-    """The flags that decide what an answer is: the model, how it is asked, how it samples. All scripts share them."""
-    add = parser.add_argument
-    add("--model", required=True, help="π_ref: a Hugging Face model folder or hub id")
-    add("--revision", help="branch, tag or commit on the hub")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="the weights' precision while sampling; auto: bfloat16 on a GPU, float32 on a CPU")
-    add("--suffix", help="appended to each question; default: the paper's, which asks for \\boxed{} (GSM8K: for ####)")
-    add("--chat", action="store_true", help="ask in the tokenizer's chat template; default: plain text, for base models")
-    add("--temperature", type=float, default=1.0, help="divides the logits, here and in the loss; 0 is greedy")
-    add("--max_new_tokens", type=int, default=1024, help="an answer that is longer is cut off and earns 0")
-    add("--seed", type=int, default=0, help="every answer is a function of this, the problem's id and the copy")
-    add("--engine", choices=["auto", "vllm", "transformers"], default="auto", help="auto: vLLM where it can run")
-    add("--batch", type=int, default=256, help="answers decoded at once by the transformers engine; bounds its memory")
-    add("--gpu_memory", type=float, default=0.9, help="the share of each GPU's memory that vLLM takes")
-
-
-def read_flags(parser, recipe, *positive):
-    """With no arguments a script reads its own recipe in tiny/; given any, the defaults hold. The flags named must be positive."""
-    args = parser.parse_args(sys.argv[1:] or [f"@{Path(__file__).parent / 'tiny' / recipe}.args"])
-    for flag in positive:
-        if getattr(args, flag) is not None and not getattr(args, flag) > 0:
-            fail(f"--{flag} {getattr(args, flag)} is too small")
-    if args.temperature is not None and not args.temperature >= 0:
-        fail(f"--temperature {args.temperature} is too small")
-    return args
+# Stage 1: settings, the estimate, the answers that it needs
 
 
 def parse_args():
@@ -97,10 +64,6 @@ def parse_args():
     return read_flags(parser, "vstar", "n", "beta1", "chunk", "batch", "max_new_tokens", "limit")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the mathematics
-
-
 def estimate_vstar(rewards, beta1):
     """V̂* = β1 ln( 1/N Σ exp(r_i/β1) ) over the last axis.   A*-PO, eq. for V̂*; (…, N) → (…)
 
@@ -112,6 +75,103 @@ def estimate_vstar(rewards, beta1):
         return rewards.mean(-1)
     best = rewards.max(-1, keepdims=True)
     return best[..., 0] + beta1 * np.log1p(np.expm1((rewards - best) / beta1).mean(-1))
+
+
+def main():
+    args = parse_args()
+    if args.plan is not None:
+        from plan import plan_stage1
+
+        return plan_stage1(args, args.limit or 1000, 200)
+    device = own_devices(args.tensor_parallel)
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if RANK > 0:
+        meet("files")  # the first process reports what is wrong, downloads and prepares; the others follow
+    problems = load_problems(args.data, args.split, args.question_field, args.answer_field)[: args.limit]
+    suffix = suffix_of(args.data) if args.suffix is None else args.suffix
+    tokenizer, eos, window = load_tokenizer(args)
+    ask(problems, tokenizer, window, suffix, args)
+    engine, why = pick_engine(args.engine)
+    # the settings that decide what the rows say, as opposed to those that decide how fast they come
+    settings = dict(model=args.model, revision=args.revision, dtype=args.dtype, data=args.data, split=args.split,
+                    question_field=args.question_field, answer_field=args.answer_field, limit=args.limit,
+                    suffix=suffix, chat=args.chat, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+                    n=args.n, beta1=args.beta1, seed=args.seed, engine=engine, chunk=args.chunk,
+                    **contents(args.model, problems))
+    if RANK == 0:
+        check_settings(args.out, settings, args.overwrite)
+        print(f"Stage 1: {len(problems)} problems of {args.data}, N = {args.n} answers each from {args.model}, "
+              f"{engine} ({why}), {WORLD} × {device.type} {args.dtype}")
+        meet("files")
+    longest = max(len(problem["tokens"]) for problem in problems)
+    rate = sample_all(args, args.out, problems, tokenizer,
+                      lambda: make_sampler(args, engine, eos, longest + args.max_new_tokens, device))
+    if RANK == 0:
+        rows = read_rows(args.out)
+        print(summary(rows, args.beta1, rate))
+        histogram(rows, args.out.with_suffix(".png"))
+        print(f"→ {args.out}, {args.out.with_suffix('.png')}")
+
+
+def sample_all(args, out, problems, tokenizer, start_sampler):
+    """N graded answers to each problem, by all processes together, as one file of rows sorted by id. What a killed run saved is
+    kept. Returns the tokens per second of all processes, None where nothing was left to do."""
+    parts, done = out.with_suffix(".parts"), out.exists()
+    # longest first: what does not fit into memory fails at once, and a chunk's prompts are of one length
+    problems = sorted(problems, key=lambda problem: (-len(problem["tokens"]), problem["id"]))
+    chunks = [problems[start : start + args.chunk] for start in range(0, len(problems), args.chunk)]
+    paths = [parts / f"{index:06d}.jsonl" for index in range(len(chunks))]
+    mine = [] if done else list(zip(chunks, paths))[RANK::WORLD]
+    rate = None
+    if not all(path.exists() for _, path in mine):
+        sampler = start_sampler()
+        rate = WORLD * sample_chunks(args, sampler, tokenizer, mine)
+        sampler.close()
+    meet(f"sampled {out}")
+    if RANK == 0:
+        if not done:
+            lines = []
+            for path in paths:
+                try:
+                    lines += [(json.loads(line)["id"], line) for line in path.read_text(encoding="utf-8").splitlines()]
+                except (ValueError, KeyError):
+                    fail(f"{path} is not readable; remove it, and the same command samples these answers again")
+            write_whole(out, "".join(line + "\n" for _, line in sorted(lines)))
+        shutil.rmtree(parts)
+    meet(f"merged {out}")
+    return rate
+
+
+def sample_chunks(args, sampler, tokenizer, mine):
+    """Sample, grade and save chunk after chunk; a chunk is a file that appears whole. Returns tokens per second."""
+    work = [(chunk, path) for chunk, path in mine if not path.exists()]
+    total, left = (sum(len(chunk) for chunk, _ in some) for some in (mine, work))
+    bar = tqdm(total=total, initial=total - left, unit="prompt", disable=RANK > 0,
+               desc=f"sampling (1 of {WORLD} shares)" if WORLD > 1 else "sampling")
+    start, tokens, right, answers = time.time(), 0, 0.0, 0
+    asked = [([problem["tokens"] for problem in chunk], [prompt_seed(args.seed, problem["id"]) for problem in chunk])
+             for chunk, _ in work]
+    for number, completions in sampler.stream(asked, args.n):
+        (chunk, path), lines = work[number], []
+        for problem, copies in zip(chunk, completions):
+            responses = [tokenizer.decode(copy.tokens, skip_special_tokens=True) for copy in copies]
+            rewards = [reward(text, problem["answer"], copy.finished) for text, copy in zip(responses, copies)]
+            row = {
+                "id": problem["id"], "prompt": problem["prompt"], "answer": problem["answer"], "rewards": rewards,
+                "vstar": float(estimate_vstar(rewards, args.beta1)), "lengths": [len(copy.tokens) for copy in copies],
+                "finished": [copy.finished for copy in copies], "responses": responses,
+            }
+            if getattr(args, "keep_tokens", False):  # decoding and encoding again would not give the same
+                row["tokens"] = [copy.tokens for copy in copies]
+            lines.append(json.dumps(row))
+            tokens += sum(len(copy.tokens) for copy in copies)
+            right, answers = right + sum(rewards), answers + args.n
+        write_whole(path, "\n".join(lines) + "\n")
+        bar.set_postfix_str(f"accuracy {right / answers:.3f}, {tokens / (time.time() - start):,.0f} tokens/s", refresh=False)
+        bar.update(len(chunk))
+    bar.close()
+    return tokens / (time.time() - start)
 
 
 def vstar_error(rewards, beta1, n, draws=200, seed=0):
@@ -153,6 +213,57 @@ def mean_and_interval(values):
     return values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
+def summary(rows, beta1, tokens_per_second=None):
+    rewards = np.array([row["rewards"] for row in rows])  # (prompts, N)
+    n = rewards.shape[1]
+    accuracy, half = mean_and_interval(rewards.mean(1))
+    right = rewards.sum(1)
+    finished = np.mean([row["finished"] for row in rows])
+    none, every = np.mean(right == 0), np.mean(right == n)
+    length = np.mean([row["lengths"] for row in rows])
+    error = {k: vstar_error(rewards, beta1, k) for k in (max(1, n // 2), n, 2 * n)}
+    lines = [
+        f"prompts {len(rows)}, N {n}, β1 {beta1:g}",
+        f"accuracy          {accuracy:.3f} ± {half:.3f} (95 %)",
+        "pass@k            " + "  ".join(f"{k}: {pass_at_k(rewards, k).mean():.3f}" for k in range(1, n + 1)),
+        f"0/{n} right         {none:.1%} of the prompts      {n}/{n} right  {every:.1%}",
+        f"finished          {finished:.1%} of the answers",
+        f"mean length       {length:.1f} tokens" + (f"      {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""),
+        f"mean V̂*           {np.mean([row['vstar'] for row in rows]):.3f}",
+        "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*, bootstrap)",
+    ]
+    if none > 0.9:
+        lines.append(f"warning: {none:.0%} of the prompts have no right answer, so there is little to learn from. Look at some "
+                     "responses: does the answer stand where the grader looks (--suffix, --chat)? If so the model is too "
+                     "weak for these problems: take easier ones, a stronger model or a larger N.")
+    if finished < 0.9:
+        lines.append(f"warning: {1 - finished:.0%} of the answers were cut off and earn 0. Raise --max_new_tokens; if they "
+                     "ramble on after the answer, the model does not know when to stop: try --chat or another --suffix.")
+    if not error[n] < 0.25:
+        lines.append(f"warning: N = {n} is too small for β1 = {beta1:g}: V̂* is off by {error[n]:.2f} where rewards are 0 or 1. "
+                     "Raise --n or --beta1.")
+    return "\n".join(lines)
+
+
+def histogram(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rewards = np.array([row["rewards"] for row in rows])
+    n = rewards.shape[1]
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    counts = np.bincount((rewards > 0).sum(1), minlength=n + 1)
+    axes.bar(range(n + 1), counts, color=["#b44"] + ["#48a"] * (n - 1) + ["#4a6"] * (n > 0))
+    axes.set(xlabel=f"right answers of N = {n}", ylabel="prompts", xticks=range(0, n + 1, max(1, n // 8)),
+             title=f"π_ref is right {rewards.mean():.1%} of the time")
+    axes.spines[["top", "right"]].set_visible(False)
+    aside = path.with_name(path.name + ".tmp")
+    figure.savefig(aside, dpi=150, format="png")
+    os.replace(aside, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the sampler: generate(prompts, n, seeds), load(named_tensors), sleep(), wake(), with two engines
 
@@ -166,30 +277,6 @@ class Completion(NamedTuple):
 def prompt_seed(seed, key):
     """The seed of one prompt's answers, from the run's seed and the prompt's id: the batch around it plays no part."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode("utf-8", "replace"), digest_size=7).digest(), "big")
-
-
-def draw(logits, uniform, temperature, block=128):
-    """A token for each row and its ln π; logits (rows, vocabulary), uniform (rows,) fp64 in [0, 1).
-
-    Inverse CDF: the first token at which the running sum of probabilities passes the row's number. It is found in two steps, the
-    block of tokens and then the token in it, because running over 152k tokens in fp64 would cost more than the model.
-    """
-    padding = (0, -logits.shape[-1] % block)
-    scores = torch.nn.functional.pad(logits, padding, value=-math.inf).float().div_(temperature or 1.0)  # a copy, changed in place
-    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, block))  # (rows, blocks, block) fp32
-    of_block = weights.sum(-1).double()  # (rows, blocks)
-    until = of_block.cumsum(-1)
-    total = until[:, -1:]
-    if temperature == 0:
-        token = logits.argmax(-1, keepdim=True)
-    else:
-        wanted = uniform[:, None] * total
-        which = torch.searchsorted(until, wanted, right=True)  # (rows, 1)
-        inside = weights[torch.arange(len(weights), device=logits.device), which[:, 0]].double().cumsum(-1)  # (rows, block)
-        # how far into the block, as a share of it: sums in fp32 and in fp64 differ in the last digits
-        share = 1 - (until.gather(-1, which) - wanted) / of_block.gather(-1, which)
-        token = which * block + torch.searchsorted(inside, share.clamp(min=0) * inside[:, -1:], right=True)
-    return token[:, 0], (scores.gather(-1, token) / total).log().float()[:, 0]
 
 
 class TransformersSampler:
@@ -275,6 +362,30 @@ class TransformersSampler:
     def wake(self): ...
 
     def close(self): ...
+
+
+def draw(logits, uniform, temperature, block=128):
+    """A token for each row and its ln π; logits (rows, vocabulary), uniform (rows,) fp64 in [0, 1).
+
+    Inverse CDF: the first token at which the running sum of probabilities passes the row's number. It is found in two steps, the
+    block of tokens and then the token in it, because running over 152k tokens in fp64 would cost more than the model.
+    """
+    padding = (0, -logits.shape[-1] % block)
+    scores = torch.nn.functional.pad(logits, padding, value=-math.inf).float().div_(temperature or 1.0)  # a copy, changed in place
+    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, block))  # (rows, blocks, block) fp32
+    of_block = weights.sum(-1).double()  # (rows, blocks)
+    until = of_block.cumsum(-1)
+    total = until[:, -1:]
+    if temperature == 0:
+        token = logits.argmax(-1, keepdim=True)
+    else:
+        wanted = uniform[:, None] * total
+        which = torch.searchsorted(until, wanted, right=True)  # (rows, 1)
+        inside = weights[torch.arange(len(weights), device=logits.device), which[:, 0]].double().cumsum(-1)  # (rows, block)
+        # how far into the block, as a share of it: sums in fp32 and in fp64 differ in the last digits
+        share = 1 - (until.gather(-1, which) - wanted) / of_block.gather(-1, which)
+        token = which * block + torch.searchsorted(inside, share.clamp(min=0) * inside[:, -1:], right=True)
+    return token[:, 0], (scores.gather(-1, token) / total).log().float()[:, 0]
 
 
 class VLLMSampler:
@@ -371,15 +482,64 @@ def pick_engine(wanted):
     return "transformers", reason
 
 
+def make_sampler(args, engine, eos, window, device):
+    if engine == "vllm":
+        return VLLMSampler(args.model, args.revision, args.dtype, eos, args.max_new_tokens, args.temperature,
+                           args.seed + RANK, window, args.gpu_memory, args.tensor_parallel)
+    model = load_model(args, device, getattr(torch, args.dtype))
+    return TransformersSampler(model, eos, args.max_new_tokens, args.temperature, args.batch)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# the machinery: models, files, several processes
+# what all scripts share: flags, prompts, models, files, several processes
 
 
-def own_gpus(seen, local_rank, each):
-    """CUDA_VISIBLE_DEVICES of one process of a node: its share of those seen (None: of all, however many there are)."""
-    names = map(str, range(local_rank * each, (local_rank + 1) * each)) if seen is None else (
-        seen.split(",")[local_rank * each : (local_rank + 1) * each])
-    return ",".join(names)
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # a default of nothing is not worth a line
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def add_model_flags(parser):
+    """The flags that decide what an answer is: the model, how it is asked, how it samples. All scripts share them."""
+    add = parser.add_argument
+    add("--model", required=True, help="π_ref: a Hugging Face model folder or hub id")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="the weights' precision while sampling; auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--suffix", help="appended to each question; default: the paper's, which asks for \\boxed{} (GSM8K: for ####)")
+    add("--chat", action="store_true", help="ask in the tokenizer's chat template; default: plain text, for base models")
+    add("--temperature", type=float, default=1.0, help="divides the logits, here and in the loss; 0 is greedy")
+    add("--max_new_tokens", type=int, default=1024, help="an answer that is longer is cut off and earns 0")
+    add("--seed", type=int, default=0, help="every answer is a function of this, the problem's id and the copy")
+    add("--engine", choices=["auto", "vllm", "transformers"], default="auto", help="auto: vLLM where it can run")
+    add("--batch", type=int, default=256, help="answers decoded at once by the transformers engine; bounds its memory")
+    add("--gpu_memory", type=float, default=0.9, help="the share of each GPU's memory that vLLM takes")
+
+
+def read_flags(parser, recipe, *positive):
+    """With no arguments a script reads its own recipe in tiny/; given any, the defaults hold. The flags named must be positive."""
+    args = parser.parse_args(sys.argv[1:] or [f"@{Path(__file__).parent / 'tiny' / recipe}.args"])
+    for flag in positive:
+        if getattr(args, flag) is not None and not getattr(args, flag) > 0:
+            fail(f"--{flag} {getattr(args, flag)} is too small")
+    if args.temperature is not None and not args.temperature >= 0:
+        fail(f"--temperature {args.temperature} is too small")
+    return args
+
+
+def run_script(main):
+    """main(), with what a user can mend said in one line."""
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename or 'writing'}: {error.strerror or error}")
+    except (RuntimeError, ValueError) as error:
+        if "out of memory" not in str(error) and "Free memory on device" not in str(error):  # torch's, and vLLM's
+            raise
+        fail("out of GPU memory: lower --batch (transformers), --gpu_memory (vLLM) or --tokens_per_microbatch (training)")
+    except KeyboardInterrupt:
+        tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def own_devices(gpus_each=1):
@@ -397,6 +557,24 @@ def own_devices(gpus_each=1):
         return torch.device("cpu")
     torch.cuda.init()  # or a device mesh would choose GPU number LOCAL_RANK of the one that is left
     return torch.device("cuda")
+
+
+def own_gpus(seen, local_rank, each):
+    """CUDA_VISIBLE_DEVICES of one process of a node: its share of those seen (None: of all, however many there are)."""
+    names = map(str, range(local_rank * each, (local_rank + 1) * each)) if seen is None else (
+        seen.split(",")[local_rank * each : (local_rank + 1) * each])
+    return ",".join(names)
+
+
+def meet(place, _store=[]):
+    """Every process waits here for all others. The store is torchrun's own: no process group, so nothing on the GPU."""
+    if WORLD == 1:
+        return
+    if not _store:
+        _store.append(next(torch.distributed.rendezvous("env://"))[0])
+    if _store[0].add(place, 1) == WORLD:
+        _store[0].set(f"{place}: all here", "yes")
+    _store[0].wait([f"{place}: all here"], timedelta(days=30))
 
 
 def load_tokenizer(args):
@@ -432,52 +610,14 @@ def load_model(args, device, dtype):
     return model.to(device).eval()
 
 
-def make_sampler(args, engine, eos, window, device):
-    if engine == "vllm":
-        return VLLMSampler(args.model, args.revision, args.dtype, eos, args.max_new_tokens, args.temperature,
-                           args.seed + RANK, window, args.gpu_memory, args.tensor_parallel)
-    model = load_model(args, device, getattr(torch, args.dtype))
-    return TransformersSampler(model, eos, args.max_new_tokens, args.temperature, args.batch)
-
-
-def run_script(main):
-    """main(), with what a user can mend said in one line."""
-    try:
-        main()
-    except OSError as error:
-        fail(f"{error.filename or 'writing'}: {error.strerror or error}")
-    except (RuntimeError, ValueError) as error:
-        if "out of memory" not in str(error) and "Free memory on device" not in str(error):  # torch's, and vLLM's
-            raise
-        fail("out of GPU memory: lower --batch (transformers), --gpu_memory (vLLM) or --tokens_per_microbatch (training)")
-    except KeyboardInterrupt:
-        tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def write_whole(path, text):
-    """A file that others read appears whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; what was there is whole, and the same command goes on from it")
-    os.replace(aside, path)
-
-
-def meet(place, _store=[]):
-    """Every process waits here for all others. The store is torchrun's own: no process group, so nothing on the GPU."""
-    if WORLD == 1:
-        return
-    if not _store:
-        _store.append(next(torch.distributed.rendezvous("env://"))[0])
-    if _store[0].add(place, 1) == WORLD:
-        _store[0].set(f"{place}: all here", "yes")
-    _store[0].wait([f"{place}: all here"], timedelta(days=30))
+def ask(problems, tokenizer, window, suffix, args):
+    """Adds each problem's prompt and tokens."""
+    for problem in problems:
+        problem["prompt"] = make_prompt(tokenizer, problem["question"], suffix, args.chat)
+        problem["tokens"] = encode(tokenizer, problem["prompt"], args.chat)
+        if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
+            fail(f"problem {problem['id']}: a prompt of {len(problem['tokens'])} tokens and --max_new_tokens "
+                 f"{args.max_new_tokens} do not fit the model's window of {window}")
 
 
 def contents(model, problems=()):
@@ -522,6 +662,20 @@ def check_settings(path, settings, overwrite):
         write_whole(config, json.dumps(dict(settings=settings, versions=versions), indent=1) + "\n")
 
 
+def write_whole(path, text):
+    """A file that others read appears whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error.strerror}; what was there is whole, and the same command goes on from it")
+    os.replace(aside, path)
+
+
 def read_rows(path):
     """The rows that sample_all wrote."""
     rows = []
@@ -533,171 +687,6 @@ def read_rows(path):
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}, line {number}: torn or not a row of answers; --overwrite makes the file anew")
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a person sees
-
-
-def summary(rows, beta1, tokens_per_second=None):
-    rewards = np.array([row["rewards"] for row in rows])  # (prompts, N)
-    n = rewards.shape[1]
-    accuracy, half = mean_and_interval(rewards.mean(1))
-    right = rewards.sum(1)
-    finished = np.mean([row["finished"] for row in rows])
-    none, every = np.mean(right == 0), np.mean(right == n)
-    length = np.mean([row["lengths"] for row in rows])
-    error = {k: vstar_error(rewards, beta1, k) for k in (max(1, n // 2), n, 2 * n)}
-    lines = [
-        f"prompts {len(rows)}, N {n}, β1 {beta1:g}",
-        f"accuracy          {accuracy:.3f} ± {half:.3f} (95 %)",
-        "pass@k            " + "  ".join(f"{k}: {pass_at_k(rewards, k).mean():.3f}" for k in range(1, n + 1)),
-        f"0/{n} right         {none:.1%} of the prompts      {n}/{n} right  {every:.1%}",
-        f"finished          {finished:.1%} of the answers",
-        f"mean length       {length:.1f} tokens" + (f"      {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""),
-        f"mean V̂*           {np.mean([row['vstar'] for row in rows]):.3f}",
-        "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*, bootstrap)",
-    ]
-    if none > 0.9:
-        lines.append(f"warning: {none:.0%} of the prompts have no right answer, so there is little to learn from. Look at some "
-                     "responses: does the answer stand where the grader looks (--suffix, --chat)? If so the model is too "
-                     "weak for these problems: take easier ones, a stronger model or a larger N.")
-    if finished < 0.9:
-        lines.append(f"warning: {1 - finished:.0%} of the answers were cut off and earn 0. Raise --max_new_tokens; if they "
-                     "ramble on after the answer, the model does not know when to stop: try --chat or another --suffix.")
-    if not error[n] < 0.25:
-        lines.append(f"warning: N = {n} is too small for β1 = {beta1:g}: V̂* is off by {error[n]:.2f} where rewards are 0 or 1. "
-                     "Raise --n or --beta1.")
-    return "\n".join(lines)
-
-
-def histogram(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rewards = np.array([row["rewards"] for row in rows])
-    n = rewards.shape[1]
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    counts = np.bincount((rewards > 0).sum(1), minlength=n + 1)
-    axes.bar(range(n + 1), counts, color=["#b44"] + ["#48a"] * (n - 1) + ["#4a6"] * (n > 0))
-    axes.set(xlabel=f"right answers of N = {n}", ylabel="prompts", xticks=range(0, n + 1, max(1, n // 8)),
-             title=f"π_ref is right {rewards.mean():.1%} of the time")
-    axes.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(path.name + ".tmp")
-    figure.savefig(aside, dpi=150, format="png")
-    os.replace(aside, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main():
-    args = parse_args()
-    if args.plan is not None:
-        from plan import plan_stage1
-
-        return plan_stage1(args, args.limit or 1000, 200)
-    device = own_devices(args.tensor_parallel)
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if RANK > 0:
-        meet("files")  # the first process reports what is wrong, downloads and prepares; the others follow
-    problems = load_problems(args.data, args.split, args.question_field, args.answer_field)[: args.limit]
-    suffix = suffix_of(args.data) if args.suffix is None else args.suffix
-    tokenizer, eos, window = load_tokenizer(args)
-    ask(problems, tokenizer, window, suffix, args)
-    engine, why = pick_engine(args.engine)
-    # the settings that decide what the rows say, as opposed to those that decide how fast they come
-    settings = dict(model=args.model, revision=args.revision, dtype=args.dtype, data=args.data, split=args.split,
-                    question_field=args.question_field, answer_field=args.answer_field, limit=args.limit,
-                    suffix=suffix, chat=args.chat, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                    n=args.n, beta1=args.beta1, seed=args.seed, engine=engine, chunk=args.chunk,
-                    **contents(args.model, problems))
-    if RANK == 0:
-        check_settings(args.out, settings, args.overwrite)
-        print(f"Stage 1: {len(problems)} problems of {args.data}, N = {args.n} answers each from {args.model}, "
-              f"{engine} ({why}), {WORLD} × {device.type} {args.dtype}")
-        meet("files")
-    longest = max(len(problem["tokens"]) for problem in problems)
-    rate = sample_all(args, args.out, problems, tokenizer,
-                      lambda: make_sampler(args, engine, eos, longest + args.max_new_tokens, device))
-    if RANK == 0:
-        rows = read_rows(args.out)
-        print(summary(rows, args.beta1, rate))
-        histogram(rows, args.out.with_suffix(".png"))
-        print(f"→ {args.out}, {args.out.with_suffix('.png')}")
-
-
-def ask(problems, tokenizer, window, suffix, args):
-    """Adds each problem's prompt and tokens."""
-    for problem in problems:
-        problem["prompt"] = make_prompt(tokenizer, problem["question"], suffix, args.chat)
-        problem["tokens"] = encode(tokenizer, problem["prompt"], args.chat)
-        if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
-            fail(f"problem {problem['id']}: a prompt of {len(problem['tokens'])} tokens and --max_new_tokens "
-                 f"{args.max_new_tokens} do not fit the model's window of {window}")
-
-
-def sample_all(args, out, problems, tokenizer, start_sampler):
-    """N graded answers to each problem, by all processes together, as one file of rows sorted by id. What a killed run saved is
-    kept. Returns the tokens per second of all processes, None where nothing was left to do."""
-    parts, done = out.with_suffix(".parts"), out.exists()
-    # longest first: what does not fit into memory fails at once, and a chunk's prompts are of one length
-    problems = sorted(problems, key=lambda problem: (-len(problem["tokens"]), problem["id"]))
-    chunks = [problems[start : start + args.chunk] for start in range(0, len(problems), args.chunk)]
-    paths = [parts / f"{index:06d}.jsonl" for index in range(len(chunks))]
-    mine = [] if done else list(zip(chunks, paths))[RANK::WORLD]
-    rate = None
-    if not all(path.exists() for _, path in mine):
-        sampler = start_sampler()
-        rate = WORLD * sample_chunks(args, sampler, tokenizer, mine)
-        sampler.close()
-    meet(f"sampled {out}")
-    if RANK == 0:
-        if not done:
-            lines = []
-            for path in paths:
-                try:
-                    lines += [(json.loads(line)["id"], line) for line in path.read_text(encoding="utf-8").splitlines()]
-                except (ValueError, KeyError):
-                    fail(f"{path} is not readable; remove it, and the same command samples these answers again")
-            write_whole(out, "".join(line + "\n" for _, line in sorted(lines)))
-        shutil.rmtree(parts)
-    meet(f"merged {out}")
-    return rate
-
-
-def sample_chunks(args, sampler, tokenizer, mine):
-    """Sample, grade and save chunk after chunk; a chunk is a file that appears whole. Returns tokens per second."""
-    work = [(chunk, path) for chunk, path in mine if not path.exists()]
-    total, left = (sum(len(chunk) for chunk, _ in some) for some in (mine, work))
-    bar = tqdm(total=total, initial=total - left, unit="prompt", disable=RANK > 0,
-               desc=f"sampling (1 of {WORLD} shares)" if WORLD > 1 else "sampling")
-    start, tokens, right, answers = time.time(), 0, 0.0, 0
-    asked = [([problem["tokens"] for problem in chunk], [prompt_seed(args.seed, problem["id"]) for problem in chunk])
-             for chunk, _ in work]
-    for number, completions in sampler.stream(asked, args.n):
-        (chunk, path), lines = work[number], []
-        for problem, copies in zip(chunk, completions):
-            responses = [tokenizer.decode(copy.tokens, skip_special_tokens=True) for copy in copies]
-            rewards = [reward(text, problem["answer"], copy.finished) for text, copy in zip(responses, copies)]
-            row = {
-                "id": problem["id"], "prompt": problem["prompt"], "answer": problem["answer"], "rewards": rewards,
-                "vstar": float(estimate_vstar(rewards, args.beta1)), "lengths": [len(copy.tokens) for copy in copies],
-                "finished": [copy.finished for copy in copies], "responses": responses,
-            }
-            if getattr(args, "keep_tokens", False):  # decoding and encoding again would not give the same
-                row["tokens"] = [copy.tokens for copy in copies]
-            lines.append(json.dumps(row))
-            tokens += sum(len(copy.tokens) for copy in copies)
-            right, answers = right + sum(rewards), answers + args.n
-        write_whole(path, "\n".join(lines) + "\n")
-        bar.set_postfix_str(f"accuracy {right / answers:.3f}, {tokens / (time.time() - start):,.0f} tokens/s", refresh=False)
-        bar.update(len(chunk))
-    bar.close()
-    return tokens / (time.time() - start)
 
 
 if __name__ == "__main__":
