@@ -1,11 +1,11 @@
-"""Problems and verdicts: where the problems come from, how they are asked, and whether an answer is right.
+"""Is a response right? The grader of all scripts, the problems they ask, and how a final answer is read.
 
-A problem is {"id", "question", "answer"}. A verdict is 1.0 or 0.0, and every script asks the one function `reward` for
-it: a V* estimated with one grader and a policy trained with another is a regression onto the wrong target.
+A problem is {"id", "question", "answer"}; its answer is the gold. Stage 1, Stage 2 and evaluation all call `reward`.
+With two graders V* would be the value of one reward, and the policy would be trained on another.
 
-What a model wrote is untrusted text: it is parsed by the small parser below, never evaluated.
+What a model wrote is untrusted text. A small parser reads it; nothing is ever evaluated as code.
 
-    python rewards.py 'so \\boxed{\\frac12}' 0.5        how both sides are read, and the verdict
+    python rewards.py 'so \\boxed{\\frac12}' 0.5        how both sides are read, or why not, and the verdict
 """
 
 import cmath
@@ -16,74 +16,83 @@ import random
 import re
 import sys
 import unicodedata
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import NamedTuple
 
-import mpmath  # comes with sympy, which comes with torch
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the verdict
+# the grader
 
 
 def reward(response, answer, finished):
-    """The one grader. An answer that was cut off before EOS earns nothing, whatever it says."""
+    """1.0 if the response ends in the answer, else 0.0. One that was cut off before EOS earns 0, whatever it says."""
     found = final_answers(response) if finished else []
-    if not found:
-        return 0.0
-    if is_correct(found[-1], answer):
+    if found and is_correct(found[-1], answer):
         return 1.0
-    # where the gold is a list, each of its items may stand in a box of its own
+    # a gold that is a list may be answered in several boxes, one for each item
     wanted = len(read(answer).items)
     return float(1 < wanted <= len(found) and is_correct(", ".join(found[-wanted:]), answer))
 
 
 def final_answers(text):
-    """What the balanced \\boxed{…} hold, or the last #### line, whichever comes later; the last is the answer.
+    """The contents of each \\boxed{…} behind the last ####; without such a box, the line behind ####.
 
-    Nothing else counts: 'any number in the text' would pay a policy for babbling. One pass, whatever the text.
+    The last one is what the response claims. Nothing else counts: a grader that takes any number in the text pays the
+    policy for babbling. One pass over the text, however it is nested.
     """
-    text = text.rsplit("</think>", 1)[-1]
-    hashes = text.rfind("####")
-    boxes, opened = [], []  # per open brace the place where its \boxed{ starts, or -1 for a plain brace
-    for token in re.finditer(r"\\f?boxed\s*\{|\\f?boxed +(?=[^\s{])|\\[{}]|[{}]", text):
-        if token[0] == "}" and opened:
-            box, start = opened.pop()
-            if box >= 0:
-                boxes.append((box, text[start : token.start()]))
-        elif token[0][-1] == "{" and token[0] != "\\{":
-            opened.append((token.start() if len(token[0]) > 1 else -1, token.end()))
-        elif token[0][-1] == " ":  # \boxed 5
-            boxes.append((token.start(), re.match(r"[^\s$.,]*", text[token.end() : token.end() + LONGEST])[0]))
-    boxes = [inside.strip() for box, inside in sorted(boxes) if box > hashes]
-    return boxes or ([text[hashes + 4 :].strip().split("\n", 1)[0].strip()] if hashes >= 0 else [])
+    _, hashes, text = text.rsplit("</think>", 1)[-1].rpartition("####")
+    boxes, opened = {}, []  # the start of each box: its content; the opening braces that wait for their }
+    for brace in re.finditer(
+            r"(\\f?boxed\s*)?(?<!\\)\{|(?<!\\)\}"
+            # \boxed 5; it only looks ahead at the content, for a brace in it counts too
+            rf"|\\f?boxed +(?=[^\s{{])(?=([^\s$.,]{{0,{LONGEST}}}))", text):
+        if brace[0] == "}":
+            if opened and (box := opened.pop())[1]:
+                boxes[box.start()] = text[box.end() : brace.start()]
+        elif brace[2] is None:
+            opened.append(brace)
+        else:  # \boxed 5
+            boxes[brace.start()] = brace[2]
+    boxes = [content.strip() for start, content in sorted(boxes.items())]
+    return boxes or ([text.strip().partition("\n")[0].strip()] if hashes else [])
 
 
-def final_answer(text):
-    return (final_answers(text) or [None])[-1]
+def is_correct(claim, gold):
+    r"""Does the claim say what the gold says? A ladder: the first rung that can tell decides, the cheap come first.
 
-
-def is_correct(answer, gold):
-    """Does the answer say the same as the gold? From cheap to dear: as text, then as numbers, structures, expressions."""
-    if max(len(answer), len(gold)) > LONGEST:
-        return answer.strip() == gold.strip()
-    answer, gold = read(answer), read(gold)
-    if answer.text == gold.text != "":
-        return answer.unit == gold.unit or not (answer.unit and gold.unit)
-    if answer.unit and gold.unit and answer.unit != gold.unit:
+        rung                           the same                  not the same       function
+        a unit may be missing          5\text{ cm}   5           5 cm    5 m        split_unit
+        the text, in one spelling      \dfrac12   \frac{1}{2}    east    seat       respell
+        a list, in any order           2, 1       1 or 2         1, 2    1          same_items
+        structures, part by part       x > 5      (5,\infty)     (1,2)   (2,1)      same, SAME
+        numbers, to 40 digits          2\sqrt3    \sqrt{12}      50      0.5        value, near
+        a decimal, rightly rounded     0.3333     1/3            0.33    1/3        rounded
+        formulas, at five points       (x+1)^2    x^2+2x+1       e^x     e^{2x}     at_points, near
+        % as a division by 100         50\%       1/2            50      1/2        this one
+    """
+    if max(len(claim), len(gold)) > LONGEST:
+        return claim.strip() == gold.strip()
+    claim, gold = read(claim), read(gold)
+    if claim.unit and gold.unit and claim.unit != gold.unit:
         return False
-    if not answer.items or not gold.items:
+    if claim.text == gold.text != "":
+        return True
+    if not claim.items or not gold.items:
         return False
     try:
-        if same_items(answer.items, gold.items):
-            return True
-        # 50 % is 50, and 1/2 as well, but only where the sign is there to say so
-        return (answer.unit == "%") != (gold.unit == "%") and len(answer.items) == len(gold.items) == 1 and same(
-            *(("/", tree, ("number", Fraction(100))) if side.unit == "%" else tree
-              for side in (answer, gold) for tree in side.items))
-    except (Unreadable, ArithmeticError, ValueError, RecursionError, TypeError):
+        with localcontext(prec=64):  # each thread has its own
+            if same_items(claim.items, gold.items):
+                return True
+            if claim.unit + gold.unit != "%" or len(claim.items + gold.items) > 2:
+                return False  # else one side is a %, the other has no unit
+            percent, other = (claim, gold) if claim.unit else (gold, claim)
+            return same(("/", *percent.items, ("number", Fraction(100))), *other.items)
+    except REFUSALS:
         return False
 
 
@@ -92,6 +101,7 @@ def is_correct(answer, gold):
 
 BOXED = " Let's think step by step and output the final answer within \\boxed{}."  # the paper's two suffixes
 GSM8K = ' Let\'s think step by step and output the final answer after "####".'
+
 DATASETS = {  # name: hub id, config, its only split (None: the split that was asked for), question, answer, suffix
     "gsm8k": ("openai/gsm8k", "main", None, "question", "answer", GSM8K),
     "math": ("DigitalLearningGmbH/MATH-lighteval", None, None, "problem", "solution", BOXED),
@@ -106,34 +116,44 @@ DATASETS = {  # name: hub id, config, its only split (None: the split that was a
 
 
 def load_problems(source, split="train", question_field="question", answer_field="answer"):
-    """A local .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}]."""
-    if Path(source).suffix in (".jsonl", ".json", ".parquet"):
-        rows, name = read_rows(Path(source)), Path(source).stem
-    else:
-        if source not in DATASETS and source.count("/") != 1:
-            fail(f"unknown data set {source!r}: give a .jsonl, .json or .parquet file, a hub id (owner/name), "
-                 f"or one of {', '.join(DATASETS)}")
+    """A .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}]."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        rows, name = file_rows(path), path.stem
+    elif source in DATASETS or source.count("/") == 1:
         default = (source, None, None, question_field, answer_field, BOXED)
         hub_id, config, only_split, question_field, answer_field, _ = DATASETS.get(source, default)
         rows, name = hub_rows(hub_id, config, only_split or split), f"{source}/{only_split or split}"
+    else:
+        fail(f"unknown data set {source!r}: give a .jsonl, .json or .parquet file, a hub id (owner/name), "
+             f"or one of {', '.join(DATASETS)}")
     problems = {}
     for number, where, row in rows:
-        question, answer = as_text(row.get(question_field)), as_text(row.get(answer_field))
-        for field, value in ((question_field, question), (answer_field, answer)):
-            if not value.strip():
-                fail(f"{where}: no {field!r} (the row has: {', '.join(map(str, row)) or 'nothing'})")
+        question, answer = text_of(row, question_field, where), text_of(row, answer_field, where)
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:
             fail(f"{where}: the id {key!r} was used before")
-        # an answer that is a whole solution (GSM8K, MATH) is cut down to its final answer
-        problems[key] = {"id": key, "question": question, "answer": final_answer(answer) or answer.strip()}
+        # the answer field of GSM8K and MATH holds a whole solution: the gold is its final answer
+        gold = ["", *final_answers(answer)][-1] or answer.strip()
+        problems[key] = {"id": key, "question": question, "answer": gold}
     if not problems:
         fail(f"{source}: no problems in it")
     return list(problems.values())
 
 
-def read_rows(path):
-    """Yields (number, where, row) from a local file; `where` is what an error message points at."""
+def text_of(row, field, where):
+    """A field of a row as text. A row without it ends the run."""
+    content = row.get(field)
+    if isinstance(content, list):  # OlympiadBench keeps a list of final answers
+        content = ", ".join(map(str, content))
+    text = "" if content is None else str(content)
+    if not text.strip():
+        fail(f"{where}: no {field!r} (the row has: {', '.join(map(str, row)) or 'nothing'})")
+    return text
+
+
+def file_rows(path):
+    """Yields (number, where, row) from a local file; `where` names the place in error messages."""
     if path.suffix == ".parquet":
         import pyarrow.parquet  # comes with datasets
 
@@ -141,7 +161,8 @@ def read_rows(path):
             table = pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             fail(f"{path}: {error}")
-        yield from ((number, f"{path}, row {number}", row) for number, row in enumerate(table, 1))
+        for number, row in enumerate(table, 1):
+            yield number, f"{path}, row {number}", row
         return
     try:
         text = path.read_text(encoding="utf-8")
@@ -149,16 +170,17 @@ def read_rows(path):
         fail(f"{path}: {error.strerror}")
     except UnicodeDecodeError as error:
         fail(f"{path}: not UTF-8 at byte {error.start}")
-    whole = path.suffix == ".json"  # one list of rows; .jsonl holds one row a line
-    for number, line in enumerate([text] if whole else text.split("\n"), 1):
+    one_document = path.suffix == ".json"  # a list of rows; in .jsonl each line is a row
+    for number, line in enumerate([text] if one_document else text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            fail(f"{path}, line {error.lineno if whole else number}: not JSON ({error})")
-        for index, row in enumerate(value, 1) if whole and isinstance(value, list) else [(number, value)]:
-            where = f"{path}, {'row' if whole else 'line'} {index}"
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}, line {getattr(error, 'lineno', number) if one_document else number}: not JSON ({error})")
+        rows = content if one_document and isinstance(content, list) else [content]
+        for index, row in enumerate(rows, number):
+            where = f"{path}, {'row' if one_document else 'line'} {index}"
             if not isinstance(row, dict):
                 fail(f'{where}: not an object like {{"id": …, "question": …, "answer": …}}')
             yield index, where, row
@@ -174,12 +196,6 @@ def hub_rows(hub_id, config, split):
     return ((number, f"{hub_id}, row {number}", row) for number, row in enumerate(rows))
 
 
-def as_text(value):
-    if isinstance(value, list):  # OlympiadBench keeps a list of final answers
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
-
-
 def suffix_of(source):
     """What is appended to a question of this data set; GSM8K asks for ####, all else for a box."""
     return DATASETS[source][-1] if source in DATASETS else BOXED
@@ -191,8 +207,8 @@ def make_prompt(tokenizer, question, suffix, chat):
         return question + suffix
     if not tokenizer.chat_template:
         fail("--chat: this tokenizer has no chat template")
-    message = [{"role": "user", "content": question + suffix}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question + suffix}], tokenize=False, add_generation_prompt=True)
 
 
 def encode(tokenizer, prompt, chat):
@@ -207,648 +223,671 @@ def fail(message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# how an answer is read
+# how an answer is read: spelled in one way, split from its unit, cut into tokens, parsed into trees
+#
+# Every size is bounded before anything is computed. What cannot be read is compared as text.
 
-# How an answer is read: respelled in one way, cut into tokens, parsed by recursive descent into a small tree. Nothing is
-# ever evaluated as Python or by sympy's parser, and all sizes are bounded before anything is computed; what lies
-# beyond a bound, or cannot be read, is compared as text.
-LONGEST, DEEPEST, DIGITS, EXPONENT, FACTORIAL = 400, 40, 60, 2000, 200  # the benchmarks' longest gold has 210 characters
-
-
-class Unreadable(Exception):
-    """Not mathematics that this parser knows, or too large."""
+LONGEST = 400  # characters; the benchmarks' longest gold has 210
+DEEPEST = 38  # levels of nesting; a bracket counts as three
+# the items of a list, the digits of a number, its exponent, the n of n!, the bits of an exact result
+MOST_ITEMS, DIGITS, EXPONENT, FACTORIAL, BITS = 64, 60, 2000, 200, 10_000
 
 
-class Answer(NamedTuple):
-    text: str  # respelled, for the comparison as text
-    items: list  # the trees of a top-level list, [] where it cannot be read
-    unit: str  # 'cm', 'degree', '%', …; '' without
+class Unreadable(ValueError):
+    """Not mathematics that the parser knows, or too large."""
 
 
-SIGNS = dict(pair.split(" ", 1) for pair in (
-    "− -|– -|— -|× *|· *|⋅ *|∗ *|÷ /|⁄ /|π \\pi |∞ \\infty |° ^\\circ |≤ \\le |≥ \\ge |≠ \\ne |∪ \\cup |∩ \\cap |± \\pm |∈ \\in |"
-    "θ \\theta |α \\alpha |β \\beta |√ \\sqrt |² ^2|³ ^3|½  1/2|¼  1/4|¾  3/4|’ '|\u00a0  |\u200b ").split("|"))
-UNITS = {}  # every spelling → the first of its line; ~ is a space
-for _line in """cm centimeter centimetre|mm millimeter millimetre|m meter metre|km kilometer kilometre|in inch|ft foot feet|yd yard
-    mi mile|g gram|kg kilogram|mg milligram|lb pound|oz ounce|s sec second|min minute|h hr hour|day|week|month|year yr
-    L l liter litre|ml mL milliliter|gallon gal|quart|cup|dollar USD|cent|euro|degree deg|radian rad|percent|unit
-    mph mile~per~hour miles~per~hour
-    km/h kmh|m/s|cm/s|ft/s|J joule|N newton|W watt|V volt|A|K|Hz|Pa|kJ|eV|mol|person people|student|apple|marble|book|way|point
-    time|side|edge|face|block|page|ticket|coin|square~unit sq~unit|cubic~unit|square~inch sq~in|cubic~inch
-    square~foot square~feet sq~ft
-    cubic~foot cubic~feet|square~meter|cubic~meter|square~cm square~centimeter|cubic~cm cubic~centimeter|square~mile|square~yard
-    """.strip().replace("\n", "|").split("|"):
-    _spellings = [name.replace("~", " ") for name in _line.split()]
-    for _name in _spellings:
-        UNITS[_name] = UNITS[_name + "s"] = UNITS[_name + "es"] = _spellings[0]
-UNIT = "|".join(sorted(map(re.escape, UNITS), key=len, reverse=True))
-TEXTED = re.compile(r"\\(?:text|mathrm|mbox|textrm|rm|textbf|textit|operatorname|mathbf|mathit|textnormal)\s*\{([^{}]*)\}")
-LONG = "|".join(name for name in UNIT.split("|") if len(name) > 2 or name in ("cm", "mm", "km", "kg", "mg", "ft", "lb", "oz", "hr"))
-UNIT_AT_END = re.compile(rf"\s*(?:\x01\s*({UNIT})\.?\s*\x02|(?<=[\d\s}}])({LONG})\.?)\s*(?:\^\s*\{{?([23])\}}?)?$")
-WORD = re.compile(r"(?<![\\a-zA-Z])(?!sin|cos|tan|log|exp|sqrt|arc|sec|csc|cot|pi|inf|ln)[a-zA-Z]{3,}")
+REFUSALS = (ValueError, ArithmeticError, RecursionError)  # Unreadable is a ValueError
+
+
+class Reading(NamedTuple):
+    text: str  # in one spelling and without its unit
+    items: list  # a tree for each item of a list, mostly one; [] where there is only text
+    unit: str  # 'cm', 'degree', '%', …; '' where there is none
+    trouble: str = ""  # why there is only text
+
+
+# Four control characters mark what the next steps need: \x01 and \x02 the ends of \text{…}, \x03 a \\, \x04 a dollar.
+
+SIGNS = str.maketrans("−–—×·⋅∗÷⁄’\u00a0", "---****//' ") | str.maketrans({
+    "π": "\\pi ", "∞": "\\infty ", "°": "^\\circ ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "√": "\\sqrt ",
+    "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "±": "\\pm ", "∈": "\\in ",
+    "²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "\u200b": "",
+})
+LATEX = {  # a pattern: its spelling here. The order matters
+    r",\s*\\!\s*|\{,\}": ",",  # 11,\! 111 and 1{,}234
+    r"\\\\": "\x03",  # out of the way: the second \ of a \\ is not the \ of a \, or a \;
+    r"\\%": "%",
+    r"\\\$": "\x04",  # the dollars that are left stand around formulas
+    r"\$|\\[!,]": "",
+    r"\\?~|\\(?:(?:left|right|[bB]igg?[lr]?|displaystyle|limits|quad|qquad)(?![a-zA-Z])|[;:> ()\[\]])": " ",
+    r"\x03": r"\\\\",
+    r"\\[dtc](frac|binom)(?![a-zA-Z])": r"\\\1",
+    r"\\f?boxed\s*\{": "{",  # a box in a box
+    r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname)\s*\{([^{}]*)\}": "\x01\\1\x02",
+    r"\x01?\s*\b(?:and|or)\b\s*\x02?": ",",
+}
+MONEY = {"\x04": "dollar", "€": "euro", "£": "pound"}
+UNITS = {  # a unit: its other names
+    "cm": "centimeter|centimetre", "mm": "millimeter|millimetre", "m": "meter|metre", "km": "kilometer|kilometre",
+    "in": "inch", "ft": "foot|feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram",
+    "lb": "pound", "oz": "ounce", "s": "sec|second", "min": "minute", "h": "hr|hour", "year": "yr",
+    "L": "l|liter|litre", "ml": "mL|milliliter", "gallon": "gal", "dollar": "USD", "degree": "deg", "radian": "rad",
+    "mph": "mile per hour|miles per hour", "km/h": "kmh", "J": "joule", "N": "newton", "W": "watt", "V": "volt",
+    "person": "people", "square unit": "sq unit", "square inch": "sq in", "square foot": "square feet|sq ft",
+    "cubic foot": "cubic feet", "square cm": "square centimeter", "cubic cm": "cubic centimeter",
+}
+OTHER_UNITS = (
+    "day|week|month|quart|cup|cent|euro|percent|unit|m/s|cm/s|ft/s|A|K|Hz|Pa|kJ|eV|mol|student|apple|marble|book|way|"
+    "point|time|side|edge|face|block|page|ticket|coin|cubic unit|cubic inch|square meter|cubic meter|square mile|"
+    "square yard"
+)
+UNIT_OF = {name: unit for unit, names in UNITS.items() for name in names.split("|")}
+UNIT = f"({'|'.join([*UNITS, *UNITS.values(), OTHER_UNITS])})(?:s|es)?"
+UNIT_AT_END = re.compile(
+    # (?<=[\s\S]) wants something before the unit: a lone cm is no number
+    r"\s*(?:(\^\s*\{?\s*\\circ\s*\}?\s*|\\degree\s*)|(%)"
+    rf"|(?<=[\s\S])(?:\x01\s*{UNIT}\.?\s*\x02"  # in \text{…}
+    rf"|(?<=[\d\s}}])(?=[\w/]{{3}}|sq|cm|mm|km|kg|mg|ft|lb|oz|hr){UNIT}\.?)"  # bare: but the m of 5m is a variable
+    r"\s*(?:\^\s*\{?([23])\}?)?)$")
+WORD = re.compile(  # three letters in a row that are no name of a function or a constant
+    r"(?<![\\a-zA-Z])(?!sin|cos|tan|log|exp|sqrt|arc|sec|csc|cot|pi|inf|ln)[a-zA-Z]{3,}")
 
 
 @lru_cache(maxsize=4096)
 def read(text):
-    """Text → Answer."""
+    """What a text says: formulas as trees, anything else as text."""
     if len(text) > LONGEST:
-        return Answer(text.strip(), [], "")
-    text, unit = respell(text), ""
-    if match := re.search(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*$|\s*\\degree\s*$|\s*\x01\s*°\s*\x02$", text):
-        text, unit = text[: match.start()], "degree"
-    elif match := re.search(r"\s*%$", text):
-        text, unit = text[: match.start()], "%"
-    elif (match := UNIT_AT_END.search(text)) and match.start() > 0:
-        text, unit = text[: match.start()], UNITS[match[1] or match[2]] + (match[3] or "")
-    if text[:1] in ("\x04", "€", "£"):
-        text, unit = text[1:].strip(), unit or {"\x04": "dollar", "€": "euro", "£": "pound"}[text[0]]
-    text = text.replace("\x04", "")
+        return Reading(text.strip(), [], "", f"longer than {LONGEST} characters")
+    text, unit = split_unit(respell(text))
     plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"[\x01\x02]", "", text))
-    plain = re.sub(r"\{([a-zA-Z0-9])\}", r"\1", plain)  # _{5} and _5
+    plain = re.sub(r"\{([a-zA-Z0-9])\}", r"\1", plain)  # x_{5} is x_5
+    items, trouble = [], ""
     if re.fullmatch(r"\(?[A-Za-z]\)?", plain) and ("\x01" in text or "(" in plain):
-        return Answer(plain.strip("()").upper(), [], unit)  # a choice
-    if "\x01" in text or WORD.search(re.sub(r"\\(begin|end)\{\w+\}", "", text)):
-        return Answer(plain.casefold(), [], unit)  # words are compared as words
-    try:
-        return Answer(plain, Parser(text).answer(), unit)
-    except (Unreadable, RecursionError, ValueError, ArithmeticError):
-        return Answer(plain, [], unit)
+        plain, trouble = plain.strip("()").upper(), "it is the letter of a choice"
+    elif "\x01" in text or WORD.search(re.sub(r"\\(begin|end)\{\w+\}", "", text)):
+        plain, trouble = plain.casefold(), "it has words in it"
+    else:
+        try:
+            items = Parser(text).everything()
+        except REFUSALS as error:
+            trouble = str(error)
+    return Reading(plain, items, unit, trouble)
 
 
 def respell(text):
-    r"""One way of writing where LaTeX, unicode and people have several. \text{…} becomes \x01…\x02."""
-    for sign, spelling in SIGNS.items():
-        text = text.replace(sign, spelling)
-    text = unicodedata.normalize("NFKC", text)  # fullwidth digits
-    text = re.sub(r",\s*\\!\s*|\{,\}", ",", text)
-    for sign, spelling in (("\\\\", "\x03"), ("\\%", "%"), ("\\$", "\x04"), ("$", ""), ("~", " "), ("\\!", ""), ("\\,", "")):
-        text = text.replace(sign, spelling)
-    text = re.sub(r"\\(?:(?:left|right|[bB]igg?[lr]?|displaystyle|limits|quad|qquad)(?![a-zA-Z])|[;:> ()\[\]])", " ", text)
-    text = text.replace("\x03", "\\\\")
-    text = re.sub(r"\\[dtc]?frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r"\\[dt]binom(?![a-zA-Z])", r"\\binom", text)
-    text = re.sub(r"\\f?boxed\s*\{", "{", text)
-    text = TEXTED.sub("\x01\\1\x02", text)
-    text = re.sub(r"\x01?\s*\b(?:and|or)\b\s*\x02?", ",", text)
-    text = text.strip().rstrip(".,; ")
-    while text.startswith("{") and matching(text) == len(text) - 1:
-        text = text[1:-1].strip().rstrip(".,; ")
-    return text
+    """One spelling where LaTeX, Unicode and people have several."""
+    text = unicodedata.normalize("NFKC", text.translate(SIGNS))  # NFKC: fullwidth digits
+    for pattern, spelling in LATEX.items():
+        text = re.sub(pattern, spelling, text)
+    while True:
+        text = text.strip().rstrip(".,; ")
+        depths = accumulate((sign == "{") - (sign == "}") for sign in text)
+        if not text.startswith("{") or [*depths, 0].index(0) != len(text) - 1:
+            return text
+        text = text[1:-1]  # one pair of braces holds the whole text
 
 
-def matching(text):
-    """Where the brace closes that opens the text."""
-    depth = 0
-    for place, sign in enumerate(text):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0:
-            return place
+def split_unit(text):
+    r"""'5 cm' → ('5', 'cm'), '90^\circ' → ('90', 'degree'), '\$18' → ('18', 'dollar')."""
+    unit = ""
+    if match := UNIT_AT_END.search(text):
+        text = text[: match.start()]
+        degree, percent, in_text, bare, power = match.groups("")
+        name = percent + in_text + bare  # one of them
+        unit = "degree" if degree else UNIT_OF.get(name, name) + power
+    if text[:1] in MONEY:
+        text, unit = text[1:].strip(), unit or MONEY[text[0]]
+    return text.replace("\x04", ""), unit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# from text to a tree
+# from text to trees
+#
+# A tree is a tuple: its kind and its members. The members are trees, unless the table says otherwise.
+#
+#     kind                     members                          read from          compared by
+#     number                   a Fraction                       5, 1,234           value
+#                              and its digits, if a decimal     0.50               value, or rounded
+#     variable                 its name                         x, a_1, \infty     at_points
+#     pi                       none                             \pi                value
+#     + - * / ^ binom          two                              \frac12            value or at_points
+#     root                     a tree and the degree            \sqrt[3]{2}        value or at_points
+#     ! abs sin cos ln …       one                              5!, |x|, \sin x    value or at_points
+#     tuple                    its brackets, then its items     (1,2), [0,1)       SAME
+#     set                      its items                        \{1,2\}            SAME
+#     \cup \cap \setminus      two                              [0,1]\cup[2,3]     SAME
+#     relation                 its signs, then its sides        a < b \le c        SAME, as an interval where it is one
+#     matrix                   rows, of the kind row            \begin{pmatrix}…   SAME
+#     based                    the number, the base             1011_2             SAME
 
-TOKEN = re.compile(
-    r"\s*(\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+"  # 1,234.5   8.7e8   .5
-    r"|\\begin\{\w+\}|\\end\{\w+\}|\\\\|\\[a-zA-Z]+|\\[{}|]"
-    r"|arc(?:sin|cos|tan)|sinh?|cosh?|tanh?|sec|csc|cot|log|ln|exp|sqrt|pi|infinity|inf"
-    r"|<=|>=|!=|\*\*|[a-zA-Z]|[-+*/^_!|()\[\]{}=<>,;:&'])")
 FUNCTIONS = set("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh log ln lg exp".split())
-RELATIONS = {"\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=",
-             "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\in": "in",
-             **{sign: sign for sign in ("=", "<", ">", "<=", ">=", "!=")}}
-GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi varphi chi "
-            "psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split())
-CLOSING = {"(": ")", "[": "]", "\\{": "\\}", "{": "}", "|": "|"}
+GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
+            "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split())
+TOKEN = re.compile(
+    r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+"  # 1,234.5   8.7e8   .5
+    r"|\\(?:begin|end)\{(?:[pbv]?matrix|smallmatrix|array)\}|\\\\|\\[a-zA-Z]+|\\[{}|]"
+    r"|arc(?:sin|cos|tan)|sinh?|cosh?|tanh?|sec|csc|cot|log|ln|exp|sqrt|pi|infinity|inf"
+    r"|<=|>=|!=|\*\*|\S")
+SYNONYMS = {  # a token, as the parser knows it: how else it is written
+    "infinity": "\\infty inf", "\\infinity": "\\inf", "\\emptyset": "\\varnothing", ",": ";",
+    "*": "\\cdot \\times", "/": "\\div", "^": "**", "<": "\\lt", ">": "\\gt", "!=": "\\ne \\neq", "∈": "\\in",
+    "<=": "\\le \\leq \\leqslant", ">=": "\\ge \\geq \\geqslant",
+    **{name: "\\" + name for name in (*FUNCTIONS, *GREEK, "pi")},
+}
+TOKENS = {name: token for token, names in SYNONYMS.items() for name in names.split()}
+BARS = {"|": "|", "\\lvert": "\\rvert", "\\|": "\\|"}
+FACTORS = "( { [ \\frac \\sqrt \\binom".split()  # what starts one, beside letters and digits
+RELATIONS = "= < > <= >= != ∈".split()
+ZERO, INFINITY = ("number", Fraction(0)), ("variable", "infinity")
+
+
+def tokens_of(text):
+    """1,234 is a number, but (1,234) is a pair and 1,23 a list."""
+    tokens, brackets = [], 0
+    for token in TOKEN.findall(text):
+        brackets += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
+        if "," in token[1:]:
+            tokens += re.split("(,)", token) if brackets else [token.replace(",", "")]
+        else:
+            tokens.append(TOKENS.get(token, token))
+    return tokens
 
 
 class Parser:
-    """Recursive descent over LaTeX and plain notation. A tree is a tuple whose first member names its kind."""
+    r"""Recursive descent: each rule of the grammar is a method. […] may be missing, {…} may come any number of times.
+
+        items     relation {"," relation}                     one with ± in it counts twice, with + and with -
+        relation  sum {("=" | "<" | "<=" | "∈" | …) sum}
+        sum       ["+" | "-" | "±"] product {("+" | "-" | "±" | "∪" | "∩" | "∖") product}
+        product   power {("*" | "/") ["-"] power | power}     2x is a product, 1\frac12 and 3 1/2 are mixed numbers
+        power     atom {"!" | "'" | "^" ["-"] argument}
+        argument  atom                                        of a number only the first digit: \frac12 is 1/2
+        atom      number | bracket | function | matrix | symbol
+        number    digits ["_" argument]                       1011_2 is a number to the base 2
+        bracket   ("(" | "[" | "{" | "\{") items (")" | "]" | "}" | "\}")
+        function  name {"^" ["-"] argument | "_" argument} (bracket | product)
+        matrix    \begin{…} relation {("&" | "\\") relation} \end{…}
+        symbol    \frac argument argument | \sqrt ["[" sum "]"] argument | "|" sum "|" | name ["_" argument] | …
+    """
 
     def __init__(self, text):
-        # 1,234 is a number, but (1,234) is a pair and 1,23 a list
-        self.tokens, place, groups = [], 0, []
-        while place < len(text.rstrip()):
-            match = TOKEN.match(text, place)
-            if not match:
-                raise Unreadable(text[place:])
-            token, place = match[1], match.end()
-            if token in ("(", "[", "\\{"):
-                groups.append(token)
-            elif token in (")", "]", "\\}") and groups:
-                groups.pop()
-            if "," in token and len(token) > 1:
-                if groups:
-                    first, *rest = token.split(",")
-                    self.tokens += [first, *(t for part in rest for t in (",", part))]
-                    continue
-                token = token.replace(",", "")
-            self.tokens.append(token)
-        self.place, self.depth, self.sign, self.saw_sign = 0, 0, 1, False
+        self.tokens = [*tokens_of(text), ""]  # "" is the end
+        self.place = self.depth = 0
+        # is ± a minus and ∓ a plus in this pass over a relation? was there one of them in it?
+        self.flipped = self.saw_sign = False
 
+    @property
     def next(self):
-        return self.tokens[self.place] if self.place < len(self.tokens) else ""
+        return self.tokens[self.place]
 
     def take(self, *wanted):
-        token = self.next()
-        if token and (not wanted or token in wanted):
-            self.place += 1
-            return token
-        if not wanted:
-            raise Unreadable("ends too early")
-        return ""
+        """Takes the next token and returns it, if it is wanted; else returns "". take() takes any."""
+        token = self.next
+        if wanted and token not in wanted:
+            return ""
+        if not token:
+            raise Unreadable("it ends too early")
+        self.place += 1
+        return token
 
-    def expect(self, token):
-        if not self.take(token):
-            raise Unreadable(f"no {token}")
+    def expect(self, wanted):
+        if not self.take(wanted):
+            raise Unreadable(f"{self.next or 'the end'!r} where {wanted!r} should be")
 
-    def answer(self):
-        items = self.list()
-        if self.next() or not items:
-            raise Unreadable(self.next())
+    def everything(self):
+        items = self.items()
+        if self.next:
+            raise Unreadable(f"{self.next!r} where nothing should follow")
         return items
 
-    def list(self, signs=True):
-        """Items between commas; one with ± counts twice (in brackets that is left to the item which holds them)."""
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
-        items = []
-        while True:
-            start, outer = self.place, (self.sign, self.saw_sign)
-            if signs:
-                self.sign, self.saw_sign = 1, False
+    def items(self, double=True):
+        """A ± in a set doubles the member, a ± in a tuple doubles the tuple: (1, ±2) is (1, 2), (1, -2)."""
+        items, outer = [], (self.flipped, self.saw_sign)
+        while not items or self.take(","):
+            start = self.place
+            if double:
+                self.flipped = self.saw_sign = False
             items.append(self.relation())
-            if signs and self.saw_sign:
-                self.place, self.sign = start, -1
+            if double and self.saw_sign:  # once more from its start
+                self.place, self.flipped = start, True
                 items.append(self.relation())
-            if signs:
-                self.sign, self.saw_sign = outer
-            if len(items) > 64:
-                raise Unreadable("too many")
-            if not self.take(",", ";"):
-                break
-        self.depth -= 1
+            if len(items) > MOST_ITEMS:
+                raise Unreadable(f"more than {MOST_ITEMS} items")
+        if double:
+            self.flipped, self.saw_sign = outer
         return items
 
     def relation(self):
-        """a, a = b, a < x ≤ b, x ∈ S"""
-        sides, signs = [self.sum()], []
-        while self.next() in RELATIONS:
-            signs.append(RELATIONS[self.take()])
+        sides, signs = [self.sum()], ()
+        while sign := self.take(*RELATIONS):
+            signs += (sign,)
             sides.append(self.sum())
-        return ("relation", tuple(signs), *sides) if signs else sides[0]
+        return ("relation", signs, *sides) if signs else sides[0]
 
     def sum(self):
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
-        tree = ("number", Fraction(0)) if self.next() in ("+", "-", "\\pm", "\\mp") else self.product()
-        while operator := self.take("+", "-", "\\pm", "\\mp", "\\cup", "\\cap", "\\setminus"):
-            if operator in ("\\pm", "\\mp"):
+        tree = ZERO if self.next in ("+", "-", "\\pm", "\\mp") else self.product()
+        while sign := self.take("+", "-", "\\pm", "\\mp", "\\cup", "\\cap", "\\setminus"):
+            if sign in ("\\pm", "\\mp"):
                 self.saw_sign = True
-                operator = "+" if (operator == "\\pm") == (self.sign == 1) else "-"
-            tree = (operator, tree, self.product())
-        self.depth -= 1
+                sign = "+" if (sign == "\\mp") == self.flipped else "-"
+            tree = (sign, tree, self.product())
         return tree
 
     def product(self):
         tree = self.power()
         while True:
-            if self.take("*", "\\cdot", "\\times"):
-                tree = ("*", tree, self.signed())
-            elif self.take("/", "\\div"):
-                tree = ("/", tree, self.signed())
-            elif self.starts():
-                mixed = tree[0] == "number" and tree[1].denominator == 1 and self.next() == "\\frac"
-                if tree[0] == "number" and self.next()[0].isdigit():  # 3 1/2 is a mixed number, 3 1 is nothing
-                    tree = ("+", tree, ("/", self.power(), (self.expect("/"), self.power())[1]))
-                    continue
-                factor = self.power()
-                # 1\frac{1}{2} is a mixed number, 2\frac{a}{b} a product
-                mixed = mixed and factor[0] == "/" and all(part[0] == "number" for part in factor[1:])
-                tree = ("+" if mixed else "*", tree, factor)
-            else:
+            if sign := self.take("*", "/"):
+                tree = (sign, tree, self.signed(self.power, "+"))
+            elif not self.starts_factor():
                 return tree
+            elif tree[0] == "number" and self.next[0].isdigit():  # 3 1/2; and 3 1 is nothing
+                above = self.power()
+                self.expect("/")
+                tree = ("+", tree, ("/", above, self.power()))
+            else:  # 1\frac{1}{2} is 3/2, but 2\frac{a}{b} a product
+                integer = tree[0] == "number" and tree[1].denominator == 1
+                fraction = self.next == "\\frac"
+                factor = self.power()
+                mixed = integer and fraction and factor[0] == "/" and factor[1][0] == factor[2][0] == "number"
+                tree = ("+" if mixed else "*", tree, factor)
 
-    def signed(self):
-        if self.take("-"):
-            return ("-", ("number", Fraction(0)), self.power())
-        self.take("+")
-        return self.power()
+    def starts_factor(self):
+        return self.next[:1].isalnum() or self.next in FACTORS
 
-    def starts(self):
-        """Does the next token begin a factor (of a product without a sign)?"""
-        token = self.next()
-        return bool(token) and (token[0].isalnum() or token in ("(", "{", "\\frac", "\\sqrt", "\\binom", "\\pi", "\\infty", "[") or
-                                token[0] == "\\" and (token[1:] in GREEK or token[1:] in FUNCTIONS))
+    def signed(self, rule, *harmless):
+        """2*-3, 2^-3: a minus where the grammar has no sum."""
+        return ("-", ZERO, rule()) if self.take("-", *harmless) == "-" else rule()
 
     def power(self):
-        tree = self.base()
-        while True:
-            if self.take("!"):
+        tree = self.atom()
+        while mark := self.take("!", "'", "^"):
+            if mark == "!":
                 tree = ("!", tree)
-            elif self.take("'"):
+            elif mark == "'":
                 tree = ("*", tree, ("variable", "'"))
-            elif self.take("^", "**"):
-                tree = ("^", tree, self.exponent())
             else:
-                return tree
+                tree = ("^", tree, self.signed(self.argument))
+        return tree
 
-    def exponent(self):
-        if self.next() == "{":
-            return self.base()
-        if self.take("-"):
-            return ("-", ("number", Fraction(0)), self.base())
-        return self.base(short=True)
+    def argument(self):
+        # LaTeX takes one digit: \frac12, \frac{1}2, \sqrt23
+        token = self.next
+        if len(token) > 1 and token.isdigit() and self.tokens[self.place - 1] in ("\\frac", "\\sqrt", "}"):
+            self.tokens[self.place : self.place + 1] = token[0], token[1:]
+        return self.atom()
 
-    def group(self):
-        """{…} or a single token, as LaTeX takes an argument: \frac12 is 1/2."""
-        return self.base(short=True)
-
-    def base(self, short=False):
+    def atom(self):
         self.depth += 1
         if self.depth > DEEPEST:
-            raise Unreadable("too deep")
-        tree = self.atom(short)
+            raise Unreadable("nested too deep")
+        token = self.take()
+        if token[0].isdigit() or token[0] == ".":
+            rule = self.number
+        elif token in ("(", "[", "{", "\\{"):
+            rule = self.bracket
+        elif token in FUNCTIONS:
+            rule = self.function
+        elif token.startswith("\\begin{"):
+            rule = self.matrix
+        else:
+            rule = self.symbol
+        tree = rule(token)
         self.depth -= 1
         return tree
 
-    def atom(self, short):
-        token = self.take()
-        if token[0].isdigit() or token[0] == ".":
-            if short and self.tokens[self.place - 2] in ("\\frac", "\\sqrt", "}") and len(token) > 1 and token.isdigit():
-                self.tokens[self.place - 1 : self.place] = [token[0], token[1:]]  # \frac12, \sqrt23
-                token = token[0]
-            if len(token) > DIGITS or abs(int(re.split("[eE]", token + "e0")[1])) > EXPONENT:
-                raise Unreadable("too many digits")
-            number = ("number", Fraction(token))
-            if "." in token and "e" not in token.lower():
-                number += (token,)  # a decimal remembers its digits, for `rounded`
-            if self.next() == "_":
-                self.take()
-                return ("based", number, self.group())
-            return number
-        if token == "\\{" and self.take("\\}"):
-            return ("set",)
-        if token in CLOSING and token != "|":
-            items = self.list(signs=token == "\\{")
-            close = self.take()
-            if token == "{" or (close == CLOSING[token] == ")" and len(items) == 1):
-                if close != CLOSING[token] or len(items) > 1:
-                    raise Unreadable("unbalanced")
-                return items[0]
-            if token == "\\{" and close == "\\}":
-                return ("set", *items)
-            if token in "([" and close in (")", "]"):
-                return ("tuple", token + close, *items)
-            raise Unreadable("unbalanced")
-        if token in ("|", "\\lvert", "\\|"):
-            tree = self.sum()
-            self.expect({"|": "|", "\\lvert": "\\rvert", "\\|": "\\|"}[token])
-            return ("abs", tree)
-        if token == "\\frac":
-            return ("/", self.group(), self.group())
-        if token == "\\binom":
-            return ("binom", self.group(), self.group())
-        if token in ("\\sqrt", "sqrt"):
+    def number(self, token):
+        if len(token) > DIGITS or abs(Decimal(token).adjusted()) > EXPONENT:
+            raise Unreadable("a number of too many digits")
+        number = ("number", Fraction(token))
+        if "." in token and "e" not in token.lower():
+            number += (token,)  # a decimal remembers its digits, for `rounded`
+        return ("based", number, self.argument()) if self.take("_") else number
+
+    def bracket(self, opened):
+        self.depth += 2  # brackets weigh more: each set in a set can double the work, by a ±
+        items = [] if opened + self.next == "\\{\\}" else self.items(double=opened == "\\{")
+        self.depth -= 2
+        both = opened + self.take()
+        if both in ("{}", "()") and len(items) == 1:
+            return items[0]
+        if both == "\\{\\}":
+            return ("set", *items)
+        if both in ("()", "(]", "[)", "[]"):
+            return ("tuple", both, *items)
+        raise Unreadable(f"{both!r} do not belong together")
+
+    def symbol(self, token):
+        name = token.lstrip("\\")
+        if token in ("\\frac", "\\binom"):
+            return ("/" if token == "\\frac" else "binom", self.argument(), self.argument())
+        if name == "sqrt":
             degree = ("number", Fraction(2))
             if self.take("["):
                 degree = self.sum()
                 self.expect("]")
-            return ("root", self.group(), degree)
-        if token.startswith("\\begin"):
-            return self.matrix(token)
-        name = token.lstrip("\\")
-        if name in FUNCTIONS:
-            return self.function(name)
-        if name in ("pi", "infty", "infinity", "inf"):
-            return ("pi",) if name == "pi" else ("variable", "infinity")
-        if name in ("emptyset", "varnothing"):
+            return ("root", self.argument(), degree)
+        if token in BARS:
+            tree = self.sum()
+            self.expect(BARS[token])
+            return ("abs", tree)
+        if name == "pi":
+            return ("pi",)
+        if name == "infinity":
+            return INFINITY
+        if name == "emptyset":
             return ("set",)
         if name == "mathbb" and self.take("{"):
             name = "set of " + self.take()
             self.expect("}")
-            return ("variable", name)
-        if len(name) == 1 and name.isalpha() or name in GREEK:
-            if self.take("_"):
-                index = self.group()
-                return ("variable", f"{name}_{index[1] if index[0] in ('number', 'variable') else index}")
-            return ("variable", name)
-        raise Unreadable(token)
+        elif not (re.fullmatch("[a-zA-Z]", name) or name in GREEK):
+            raise Unreadable(f"{token!r} is not known")
+        if self.take("_"):
+            index = self.argument()
+            name += f"_{index[1] if index[0] in ('number', 'variable') else index}"
+        return ("variable", name)
 
     def function(self, name):
-        power = base = None
+        exponent = base = None
         while mark := self.take("^", "_"):
             if mark == "^":
-                power = self.exponent()
+                exponent = self.signed(self.argument)
             else:
-                base = self.group()
-        if self.next() in ("(", "{", "|", "["):
-            argument = self.base()
+                base = self.argument()
+        if self.next in ("(", "{", "|", "["):
+            argument = self.atom()
         else:  # \sin 2x takes the product behind it
             argument = self.power()
-            while self.starts() and self.next().lstrip("\\") not in FUNCTIONS:
+            while self.starts_factor() and self.next not in FUNCTIONS:
                 argument = ("*", argument, self.power())
         if argument[0] in ("tuple", "set"):
             raise Unreadable("a function of a list")
-        if power == ("-", ("number", Fraction(0)), ("number", Fraction(1))):
-            name, power = "arc" + name, None
-        tree = ("function", name, argument) if base is None else ("/", ("function", "ln", argument), ("function", "ln", base))
-        return tree if power is None else ("^", tree, power)
+        if exponent == ("-", ZERO, ("number", Fraction(1))):  # \sin^{-1} is arcsin
+            name, exponent = "arc" + name, None
+        tree = ("/", ("ln", argument), ("ln", base)) if base else (name, argument)
+        return ("^", tree, exponent) if exponent else tree
 
     def matrix(self, begin):
-        if begin[7:-1] not in ("pmatrix", "bmatrix", "matrix", "vmatrix", "array", "smallmatrix"):
-            raise Unreadable(begin)
-        if begin[7:-1] == "array" and self.take("{"):
+        end = begin.replace("begin", "end")
+        if "array" in begin and self.take("{"):
             while self.take() != "}":
                 pass
-        rows, row = [], []
-        while True:
-            row.append(self.relation())
-            mark = self.take()
-            if mark != "&":
-                rows.append(tuple(row))
-                row = []
-            if mark == "\\\\" and self.next() == begin.replace("begin", "end"):
-                mark = self.take()
-            if mark == begin.replace("begin", "end"):
-                break
-            if mark not in ("&", "\\\\") or len(rows) > 10 or len(row) > 10:
-                raise Unreadable("a matrix")
+        rows = []
+        while not rows or not self.take(end):
+            row = ("row", self.relation())
+            while self.take("&"):
+                row += (self.relation(),)
+            rows.append(row)
+            if self.next != end:
+                self.expect("\\\\")
         return ("matrix", *rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # from trees to a verdict
 
-MP = mpmath.MPContext()  # a context of its own: its precision is nobody else's, in any thread
-MP.dps = 60
-ALIKE = ("tuple", "set", "matrix", "relation")
-
 
 def same_items(some, others):
-    """Lists of solutions: equal in any order. A single set is the list of its members; a tuple keeps its order."""
-    some, others = ([*tree[0][1:]] if len(tree) == 1 and tree[0][0] == "set" else tree for tree in (some, others))
-    if len(some) != len(others):  # x < 1 or x > 2 is a union
-        some, others = (flat(tree[0]) if len(tree) == 1 and all(t[0] == "relation" for t in far) else tree
-                        for tree, far in ((some, others), (others, some)))
+    """Lists of solutions are equal in any order."""
+    some, others = solutions(some, others), solutions(others, some)
     if len(some) != len(others):
         return False
     left = list(others)
     for tree in some:
-        match = next((i for i, other in enumerate(left) if same(tree, other)), None)
-        if match is None:
+        for place, other in enumerate(left):
+            if same(tree, other):
+                left.pop(place)
+                break
+        else:
             return False
-        left.pop(match)
     return True
+
+
+def solutions(items, others):
+    r"""\{1, 2\} is the list 1, 2. Where the other side says x < 1 or x > 2, a union is the list of its parts."""
+    match items:
+        case [("set", *members)]:
+            return members
+        case [union] if len(others) > 1 and all(tree[0] == "relation" for tree in others):
+            return parts(union)
+    return items
 
 
 def same(one, other):
     """Do two trees mean the same?"""
-    one, other = bounds(one), bounds(other)
-    if one[0] == "relation" and other[0] != "relation":
-        one = value_of(one)
-    elif other[0] == "relation" and one[0] != "relation":
-        other = value_of(other)
-    if one is None or other is None:
+    one, other = interval(one), interval(other)
+    if (one[0] == "relation") != (other[0] == "relation"):
+        one, other = right_side(one), right_side(other)
+    if one[0] in SAME or other[0] in SAME:
+        return one[0] == other[0] and SAME[one[0]](one, other)
+    # two formulas are the same if they have the same variables and the same values
+    names = variables(one)
+    if names != variables(other):
         return False
-    if one[0] in ("\\cup", "\\cap", "\\setminus") or other[0] in ("\\cup", "\\cap", "\\setminus"):
-        if one[0] != other[0]:
-            return False
-        if one[0] == "\\setminus":
-            return same(one[1], other[1]) and same(one[2], other[2])
-        return same_items(flat(one), flat(other))
-    if one[0] in ALIKE or other[0] in ALIKE or "based" in (one[0], other[0]):
-        if one[0] != other[0]:
-            return False
-        if one[0] == "set":
-            return same_items(list(one[1:]), list(other[1:]))
-        if one[0] == "based":
-            return one[1:] == other[1:]
-        if one[0] == "matrix":
-            return [len(row) for row in one[1:]] == [len(row) for row in other[1:]] and all(
-                same(a, b) for mine, yours in zip(one[1:], other[1:]) for a, b in zip(mine, yours))
-        if one[0] == "tuple":
-            a, b = one[2:], other[2:]
-            return len(a) == len(b) and (one[1] == other[1] or len(a) > 2) and all(map(same, a, b))
-        return same_relations(one, other)
-    return same_expressions(one, other)
+    if names:
+        return all(near(*pair) for pair in at_points(one, other, names))
+    a, b = alike(value(one), value(other))
+    return near(a, b, TOLERANCE[type(a)], least=0) or rounded(one, a, b) or rounded(other, b, a)
 
 
-def flat(tree):
-    return flat(tree[1]) + flat(tree[2]) if tree[0] in ("\\cup", "\\cap") else [bounds(tree)]
-
-
-def bounds(tree):
-    """-1 < x ≤ 3 is the interval (-1, 3], x > 5 is (5, ∞), x ∈ S is S."""
-    if tree[0] != "relation":
-        return tree
-    signs, sides = tree[1], tree[2:]
-    if signs == ("in",) and sides[0][0] == "variable":
-        return bounds(sides[1])
-    infinity = ("variable", "infinity")
-    if set(signs) <= {"<", "<="} or set(signs) <= {">", ">="}:
-        if signs[0][0] == ">":
-            signs, sides = tuple(s.replace(">", "<") for s in reversed(signs)), tuple(reversed(sides))
-        variables = [side[0] == "variable" and side != infinity for side in sides]
-        if variables == [False, True, False]:
-            return ("tuple", "[("[signs[0] == "<"] + "])"[signs[1] == "<"], sides[0], sides[2])
-        if variables == [True, False]:
-            return ("tuple", "(" + "])"[signs[0] == "<"], ("-", ("number", Fraction(0)), infinity), sides[1])
-        if variables == [False, True]:
-            return ("tuple", "[("[signs[0] == "<"] + ")", sides[0], infinity)
-    return tree
-
-
-def value_of(relation):
-    """x = 5 against 5, f(x) = 2x against 2x: what stands right of a name."""
-    signs, sides = relation[1], relation[2:]
-    if set(signs) != {"="}:
-        return None
-    first = sides[0]
-    named = first[0] == "variable" or (first[0] == "*" and first[1][0] == "variable" and first[2][0] in ("variable", "tuple")) or (
-        first[0] == "tuple" and all(part[0] == "variable" for part in first[2:]))  # (x, y) = (1, 2)
-    return sides[-1] if named else None
+def same_parts(one, other):
+    return len(one) == len(other) and all(map(same, one[1:], other[1:]))
 
 
 def same_relations(one, other):
-    if one[1] != other[1] or len(one) != len(other):
+    if one[1] != other[1]:
         return False
-    if all(map(same, one[2:], other[2:])):
+    if same_parts(one[1:], other[1:]):
         return True
-    if one[1] == ("=",):  # up to side and scale
-        a, b = (("-", tree[2], tree[3]) for tree in (one, other))
-        return proportional(a, b)
-    return False
-
-
-def names(tree):
-    if not isinstance(tree, tuple):
-        return set()
-    if tree[0] == "variable":
-        return {tree[1]} - {"e", "i"}
-    return set().union(*map(names, tree[1:])) if len(tree) > 1 else set()
-
-
-def same_expressions(one, other):
-    variables = names(one)
-    if variables != names(other):
+    names = variables(one)
+    if one[1] != ("=",) or not names or names != variables(other):
         return False
-    if not variables:
-        a, b = value(one), value(other)
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return a == b or rounded(one, b) or rounded(other, a)
-        a, b = alike(a, b)
-        return bool(abs(a - b) <= MP.mpf(10) ** -40 * max(abs(a), abs(b))) or rounded(one, b) or rounded(other, a)
-    return all(near(*pair) for pair in at_points((one, other), variables))
+    # 4x + 2y = 6 is 3 = y + 2x: the differences of their sides are in proportion, a / b is the same at every point
+    pairs = [*at_points(("-", *one[2:]), ("-", *other[2:]), names)]
+    first, second = pairs[0]
+    # 0 = 0 is in proportion to nothing
+    return all(near(a * second, b * first) for a, b in pairs) and any(abs(a) > 1e-6 for a, _ in pairs)
 
 
-def rounded(tree, exact):
-    """A decimal agrees with an exact value that no decimal can write (1/3, √2, π) if it is right to all its digits and has
-    at least four of them. 0.33 is not 1/3; and 0.5 and 0.52 are two different decimals."""
-    while tree[0] == "-" and tree[1] == ("number", Fraction(0)):
-        tree, exact = tree[2], -exact
+SAME = {  # a kind of tree without a value: when are two of them the same?
+    "set": lambda one, other: same_items(one[1:], other[1:]),
+    # the brackets count where a tuple may be an interval: (0,1) is not [0,1]
+    "tuple": lambda one, other: (one[1] == other[1] or len(one) > 4) and same_parts(one[1:], other[1:]),
+    "matrix": same_parts,
+    "row": same_parts,
+    "relation": same_relations,
+    "based": operator.eq,
+    **dict.fromkeys(("\\cup", "\\cap"), lambda one, other: same_items(parts(one), parts(other))),
+    "\\setminus": same_parts,
+}
+
+
+def parts(union):
+    return parts(union[1]) + parts(union[2]) if union[0] in ("\\cup", "\\cap") else [interval(union)]
+
+
+BRACKETS = {"< <": "()", "< <=": "(]", "<= <": "[)", "<= <=": "[]"}  # by the signs left and right of a name
+
+
+def interval(tree):
+    """-1 < x ≤ 3 is (-1, 3], x > 5 is (5, ∞), x ∈ S is S. Any other tree stays as it is."""
+    if tree[0] != "relation":
+        return tree
+    _, signs, *sides = tree
+    if signs == ("∈",) and sides[0][0] == "variable":
+        return interval(sides[1])
+    if set(signs) <= {">", ">="}:
+        signs, sides = [sign.replace(">", "<") for sign in reversed(signs)], sides[::-1]
+    if is_name(sides[0]):
+        signs, sides = ["<", *signs], [("-", ZERO, INFINITY), *sides]
+    elif is_name(sides[-1]):
+        signs, sides = [*signs, "<"], [*sides, INFINITY]
+    brackets = BRACKETS.get(" ".join(signs))
+    if not brackets or [*map(is_name, sides)] != [False, True, False]:
+        return tree
+    return ("tuple", brackets, sides[0], sides[2])
+
+
+def is_name(tree):
+    return tree[0] == "variable" and tree != INFINITY
+
+
+def right_side(tree):
+    """5 of x = 5, 2x of f(x) = 2x, (1, 2) of (x, y) = (1, 2). Any other tree stays as it is."""
+    if tree[0] == "relation" and set(tree[1]) == {"="}:
+        match tree[2]:
+            case ("variable", _) | ("*", ("variable", _), ("variable" | "tuple", *_)):
+                return tree[-1]
+            case ("tuple", _, *names) if all(name[0] == "variable" for name in names):
+                return tree[-1]
+    return tree
+
+
+def variables(tree):
+    match tree:
+        case ("variable", name):
+            return {name} - CONSTANTS.keys()
+        case (_, *members):
+            return set().union(*map(variables, members))
+    return set()
+
+
+def at_points(one, other, names):
+    """The values of two formulas at five points."""
+    for point in POINTS:
+        env = CONSTANTS | dict(zip(sorted(names), point))
+        yield complex(value(one, env)), complex(value(other, env))
+
+
+def near(a, b, part=1e-9, least=1e-6):
+    """Is their difference no more than a part of the larger one? Both may be 0, of which rounding leaves `least`."""
+    return abs(a - b) <= part * max(abs(a), abs(b), least)
+
+
+def rounded(tree, number, exact):
+    """0.3333 agrees with 1/3, and 1.414 with √2: a decimal of at least four digits, rounded rightly.
+
+    This holds only for numbers that no decimal can write: 0.3333 and 0.33334 are two different numbers.
+    """
+    while tree[:2] == ("-", ZERO):
+        tree = tree[2]
     if tree[0] != "number" or len(tree) < 3 or len(tree[2].replace(".", "").lstrip("0")) < 4:
         return False
-    if isinstance(exact, Fraction):
-        rest = exact.denominator
-        for prime in (2, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return False
-    places = len(tree[2].split(".")[1])
-    return bool(abs(inexact(tree[1]) - alike(exact, MP.mpf(0))[0]) <= MP.mpf(10) ** -places / 2)
-
-
-def at_points(trees, variables):
-    """The values of both trees at five points; variables get positive numbers that no formula is likely to single out."""
-    pairs = []
-    for point in range(5):
-        rng = random.Random(point)
-        env = {name: complex(rng.uniform(0.3, 2.5)) for name in sorted(variables)}
-        pairs.append(tuple(value(tree, env) for tree in trees))
-    return pairs
-
-
-def near(a, b):
-    if a != a or b != b:
-        raise Unreadable("not a number")
-    return abs(a - b) <= 1e-9 * max(abs(a), abs(b), 1e-6)
-
-
-def proportional(one, other):
-    variables = names(one)
-    if not variables or variables != names(other):
+    if isinstance(exact, Fraction) and pow(10, BITS, exact.denominator) == 0:  # a decimal can write it: 1/8
         return False
-    pairs = at_points((one, other), variables)
-    return all(near(a * pairs[0][1], b * pairs[0][0]) for a, b in pairs) and any(abs(a) > 1e-6 for a, _ in pairs)
+    return abs(number - exact) <= Fraction(1, 2 * 10 ** len(tree[2].partition(".")[2]))
 
 
-def value(tree, env=None):
-    """An exact Fraction as long as possible, then 60 digits; with variables, complex floating point. Bounded at each step."""
-    kind = tree[0]
+CONSTANTS = {"e": Decimal("2.718281828459045235360287471352662497757247093699959574966967627724077"), "i": 1j}
+PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592307816")
+# five points: a positive number for each variable, which no formula is likely to single out
+POINTS = [[complex(rng.uniform(0.3, 2.5)) for _ in range(LONGEST)] for rng in map(random.Random, range(5))]
+# a part of the larger one, by which two equal numbers may differ
+TOLERANCE = {Fraction: 0, Decimal: Decimal("1e-40"), complex: 1e-12}
+
+
+def value(tree, env=CONSTANTS):
+    """A Fraction as long as possible; with roots, logarithms, e and π a Decimal; with i, sines and variables complex.
+
+    Why not complex at once: its 16 digits take e^{π√163} for a whole number, and (√2 - 1)^12 for different from its
+    expansion 19601 - 13860√2. The Decimals have 64 digits, of which 40 must agree.
+    """
+    kind, *members = tree
     if kind == "number":
-        return tree[1] if env is None else complex(tree[1])
+        return members[0]
     if kind == "variable":
-        if tree[1] in ("i", "e"):
-            return {"i": 1j, "e": complex(math.e)}[tree[1]] if env is not None else {"i": MP.mpc(0, 1), "e": MP.e}[tree[1]]
-        return env[tree[1]]
-    if kind == "pi":
-        return MP.pi if env is None else complex(math.pi)
-    if kind in ("+", "-", "*", "/"):
-        a, b = value(tree[1], env), value(tree[2], env)
-        return small({"+": operator.add, "-": operator.sub, "*": operator.mul, "/": divide}[kind](*alike(a, b)))
-    if kind in ("^", "root"):
-        a, b = value(tree[1], env), value(tree[2], env)
-        if kind == "root":
-            b = divide(*alike(Fraction(1) if isinstance(b, Fraction) else 1, b))
-            if isinstance(a, Fraction) and a < 0 and isinstance(b, Fraction) and b.denominator % 2:
-                return -raised(-a, b)
-        return raised(a, b)
-    if kind == "!" or kind == "binom":
-        numbers = [value(part, env) for part in tree[1:]]
-        whole = [int(n.real) for n in numbers if n == int(n.real)]
-        if len(whole) < len(numbers) or not all(0 <= n <= FACTORIAL for n in whole):
-            raise Unreadable("a factorial")
-        result = Fraction(math.factorial(whole[0]) if kind == "!" else math.comb(*whole))
-        return result if env is None else complex(result)
-    if kind == "abs":
-        return abs(value(tree[1], env))
-    if kind == "function":
-        return applied(tree[1], value(tree[2], env))
-    raise Unreadable(kind)
-
-
-def alike(a, b):
-    """Both exact, or both not."""
-    if isinstance(a, Fraction) != isinstance(b, Fraction):
-        a, b = (inexact(x) if isinstance(x, Fraction) else x for x in (a, b))
-    return a, b
-
-
-def inexact(x):
-    return MP.mpf(x.numerator) / x.denominator
-
-
-def divide(a, b):
-    if b == 0:
-        raise Unreadable("division by zero")
-    return a / b
-
-
-def small(x):
-    """Refuses what grows without bound."""
-    if isinstance(x, Fraction):
-        if max(x.numerator.bit_length(), x.denominator.bit_length()) > 10_000:
-            raise Unreadable("too large")
-    elif x and not 1e-300 < abs(complex(x)) < 1e300:
+        return env[members[0]]
+    if kind not in OPERATIONS:
+        raise Unreadable(f"no value: {kind}")
+    numbers = alike(*map(value, members, repeat(env)))
+    if kind in FUNCTIONS and abs(numbers[0]) > 1e6:
+        raise Unreadable(f"{kind} of a number beyond a million")
+    number = OPERATIONS[kind](*numbers)
+    fits = bits(number) <= BITS if isinstance(number, Fraction) else number == 0 or 1e-300 < abs(number) < 1e300
+    if not fits:
         raise Unreadable("too large")
-    return x
+    return number
 
 
-def raised(a, b):
-    if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
-        if abs(b) > EXPONENT or max(a.numerator.bit_length(), a.denominator.bit_length()) * abs(b) > 10_000 or (a == 0 and b <= 0):
-            raise Unreadable("a power")
-        return a ** int(b)
-    a, b = (inexact(x) if isinstance(x, Fraction) else x for x in (a, b))
+def alike(*numbers):
+    """The numbers, all of the type of the least exact one: Fraction, Decimal or complex."""
+    kinds = {*map(type, numbers)}
+    if kinds <= {Fraction}:
+        return numbers
+    return [*map(decimal if kinds <= {Fraction, Decimal} else complex, numbers)]
+
+
+def decimal(x):
+    return Decimal(x.numerator) / x.denominator if isinstance(x, Fraction) else x
+
+
+def bits(x):
+    return max(x.numerator.bit_length(), x.denominator.bit_length())
+
+
+def power(a, b):
     if a == 0:
-        if complex(b).real <= 0:
+        if b.real <= 0:
             raise Unreadable("a power of zero")
         return a
-    if abs(complex(b)) * (abs(math.log(abs(complex(a)))) + 4) > 600:
-        raise Unreadable("a power")
-    return a**b
+    if isinstance(a, Fraction) and b.denominator == 1:
+        if abs(b) > EXPONENT or bits(a) * abs(b) > BITS:
+            raise Unreadable("too large a power")
+        return a ** int(b)
+    # beyond this the result overflows, or its rounding error grows too large
+    if float(abs(b)) * (abs(math.log(abs(a))) + 4) > 600:
+        raise Unreadable("too large a power")
+    if isinstance(a, complex) or a < 0 and b != int(b):
+        return complex(a) ** complex(b)
+    return decimal(a).sqrt() if b == 0.5 else decimal(a) ** decimal(b)
 
 
-def applied(name, x):
-    exact = not isinstance(x, complex)
-    if isinstance(x, Fraction):
-        x = inexact(x)
-    if abs(complex(x)) > 1e6 or (x == 0 and name in ("log", "ln", "lg", "csc", "cot")):
-        raise Unreadable("a function")
-    library = MP if exact else cmath
-    if name in ("sec", "csc", "cot"):
-        return divide(1, getattr(library, {"sec": "cos", "csc": "sin", "cot": "tan"}[name])(x))
-    if name == "lg":
-        return library.log(x) / library.log(10)
-    if name in ("exp", "sinh", "cosh") and abs(complex(x)) > 600:
-        raise Unreadable("exp")
-    return getattr(library, {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name))(x)
+def root(a, degree):
+    if isinstance(a, Fraction) and a < 0 and degree.numerator % 2:  # the real root of a negative number
+        return -power(-a, 1 / degree)
+    return power(a, 1 / degree)
+
+
+def logarithm(function, otherwise):
+    return lambda x: otherwise(x) if isinstance(x, complex) or x <= 0 else function(decimal(x))
+
+
+def whole(x):
+    n = int(x.real)
+    if x != n or not 0 <= n <= FACTORIAL:
+        raise Unreadable(f"a factorial or binomial of {x}")
+    return n
+
+
+OPERATIONS = {  # a kind of tree with a value: how it follows from the values of its members
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power, "root": root,
+    "!": lambda n: Fraction(math.factorial(whole(n))), "binom": lambda n, k: Fraction(math.comb(whole(n), whole(k))),
+    "pi": lambda: PI, "abs": abs,
+    # cmath calls arcsin asin
+    **{name: getattr(cmath, name.replace("arc", "a"))
+       for name in "sin cos tan sinh cosh tanh arcsin arccos arctan".split()},
+    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x),
+    **dict.fromkeys(("log", "ln"), logarithm(Decimal.ln, cmath.log)), "lg": logarithm(Decimal.log10, cmath.log10),
+    "exp": lambda x: cmath.exp(x) if isinstance(x, complex) else decimal(x).exp(),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
 
 
 def main():
     """python rewards.py RESPONSE GOLD: how both are read, and the verdict."""
     if len(sys.argv) != 3:
         fail("usage: python rewards.py RESPONSE GOLD")
-    response, gold = sys.argv[1:]
+    _, response, gold = sys.argv
     found = final_answers(response)
-    print("answer  ", found[-1] if found else "none: no balanced \\boxed{…} and no ####")
-    for name, text in (("read as ", found[-1] if found else response), ("gold    ", gold)):
-        answer = read(text)
-        print(name, answer.text, f"[{answer.unit}]" if answer.unit else "", "  ", "; ".join(map(str, answer.items)) or "text")
+    claim = [response, *found][-1]
+    print("answer  ", claim if found else "none: no balanced \\boxed{…} and no ####")
+    for name, text in (("read as ", claim), ("gold    ", gold)):
+        reading = read(text)
+        print(name, reading.text, f"[{reading.unit}]" if reading.unit else "", "  ",
+              "; ".join(map(str, reading.items)) or f"compared as text: {reading.trouble}")
     print("reward  ", reward(response, gold, True))
     if not found:
         print("in a box it would earn", float(is_correct(response, gold)))

@@ -1,10 +1,20 @@
-"""Every test. `pytest` takes a few minutes on two CPU cores; what needs vLLM or the benchmark files is skipped without."""
+"""The tests of the four scripts. (Those of experiments/ stand beside their code.)
 
+    pytest                      four minutes on two cores; what needs vLLM or the benchmark files is skipped without
+    pytest -m "not whole"       while one edits: starts no process and runs no stage, half a minute
+    pytest -m long              the rest: more ranks and nodes, kills at random (LONG=1: fifty, and a thousand steps)
+"""
+
+import ast
+import importlib
 import importlib.util
+import io
 import json
 import math
 import os
 import random
+import re
+import resource
 import shlex
 import shutil
 import signal
@@ -12,18 +22,20 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import mpmath
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 import evaluate
-import plan
 import rewards
 import train
 import vstar
@@ -32,8 +44,42 @@ from vstar import Completion, TransformersSampler, estimate_vstar, pass_at_k, pr
 HERE = Path(__file__).parent
 REAL = HERE.parent / "shared" / "data"  # real benchmark files, where somebody put them
 LONG = bool(os.environ.get("LONG"))  # more kills, more steps
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no benchmark files in ../shared/data")
 TINY = ["--model=tiny/model", "--data=tiny/train.jsonl", "--suffix=", "--max_new_tokens=64", "--engine=transformers"]
+
+# one thread a process: for so small a model as quick as two, and ten times quicker where the cores have other work
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers: which tests run when
+
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no benchmark files in ../shared/data")
+whole = pytest.mark.whole  # starts processes, or runs a stage
+
+
+def long(test):
+    """Not in the plain `pytest`. It is `whole` as well, because a -m of one's own replaces the one in .pytest.ini."""
+    return pytest.mark.long(whole(test))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers: commands. Each is a list, such as ["vstar.py", "--samples=2"], for `run`, `torchrun`, `inside` or `start`
+
+
+def stage1(out, *more):
+    """Six chunks of prompts."""
+    return ["vstar.py", *TINY, "--limit=768", "--samples=2", f"--out={out}", *more]
+
+
+def stage2(rows, out, *more):
+    return ["train.py", f"--vstar={rows}", f"--out={out}", "--engine=transformers", "--eval_data=tiny/test.jsonl",
+            "--lr=3e-4", "--beta2=0.1", "--batch_size=25", "--eval_limit=40", "--eval_every=2", "--save_every=2",
+            "--steps=6", "--show_every=3", "--tokens_per_microbatch=300", *more]
+
+
+def evaluation(out, *more, models=("tiny/model",)):
+    return ["evaluate.py", "--model", *models, "--data=tiny/test.jsonl", "--suffix=", "--max_new_tokens=64",
+            "--samples=4", "--limit=160", "--engine=transformers", f"--out={out}", *more]  # two chunks of prompts
 
 
 def run(*command, check=True, **env):
@@ -48,18 +94,401 @@ def torchrun(count, *command, **keywords):
     return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, *command, **keywords)
 
 
-def ends_in_one_line(capsys, call, *words):
-    with pytest.raises(SystemExit) as stop:
-        call()
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0], lines[0]
+def inside(*command, check=True):
+    """The same script's main() in this process, which saves the seconds of a start."""
+    if dist.is_initialized():  # by vLLM's engine, which lives in this process
+        return run(*command, check=check)
+    name, *flags = command[1:] if command[0] == "-m" else command
+    script, code, said, errors = importlib.import_module(name.removesuffix(".py")), 0, io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv = mock.patch.object(sys, "argv", [name, *map(str, flags)])
+    with argv, chdir(HERE), redirect_stdout(said), redirect_stderr(errors):
+        try:
+            vstar.run_script(script.main)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    done = subprocess.CompletedProcess(command, code, said.getvalue(), errors.getvalue())
+    assert not check or code == 0, done.stdout + done.stderr
+    return done
+
+
+def start(*command, **more):
+    """A process that goes on while the test does. Its output is not kept, unless `more` says so."""
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, text=True, **{**quiet, **more})
+
+
+def wait_until(happened, *processes):
+    while not happened() and all(process.poll() is None for process in processes):
+        time.sleep(0.002)
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def nodes(count, each, *command):
+    """Several machines, as far as the processes can tell: an agent for each, with its own share of the cores. They meet
+    at an address."""
+    cores = sorted(os.sched_getaffinity(0))
+    pin = lambda node: lambda: os.sched_setaffinity(0, cores[node::count] or cores)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = ["-m", "torch.distributed.run", f"--nnodes={count}", f"--nproc_per_node={each}", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
+    return [start(*agent, *command, start_new_session=True, preexec_fn=pin(node)) for node in range(count)]
+
+
+def descendants(parent):
+    """The ids of a process's children, and of theirs."""
+    pairs = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pairs.append((int(stat.parent.name), int(stat.read_text().rsplit(")", 1)[1].split()[1])))
+        except OSError:
+            continue  # it has just ended
+    children = [child for child, its_parent in pairs if its_parent == parent]
+    return children + [below for child in children for below in descendants(child)]
+
+
+@contextmanager
+def full_disk(kilobytes):
+    """No file may grow beyond so much."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# V̂* and what is said of it
+# helpers: what a command left behind
+
+
+def refused(done, *words, alone=True):
+    """It ended with code 2 and one line that holds these words, `alone` unless there was a progress bar."""
+    lines = done.stderr.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1 or not alone, done.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def ends_in_one_line(capsys, call, *words):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    refused(SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err), *words)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(out):
+    """metrics.jsonl without what is a time or the machine's."""
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second", "memory_gb")}
+            for row in read_jsonl(out / "metrics.jsonl")]
+
+
+def weights(out):
+    return (out / "model/model.safetensors").read_bytes()
+
+
+def close(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other):
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-4)
+
+
+def copy_rows(rows, path, lines=None):
+    """Stage 1's files under another name, perhaps with other rows."""
+    path.write_text(rows.read_text() if lines is None else "\n".join(lines) + "\n")
+    path.with_suffix(".config.json").write_text(rows.with_suffix(".config.json").read_text())
+    return path
+
+
+MADE = {}  # the files of the three fixtures below, which are made once for all files of tests
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Stage 1 in one go, over some problems. → its rows, and what it said"""
+    if "undisturbed" not in MADE:
+        out = tmp_path_factory.mktemp("stage1") / "vstar.jsonl"
+        MADE["undisturbed"] = out, run(*stage1(out))
+    return MADE["undisturbed"]
+
+
+@pytest.fixture(scope="session")
+def all_rows(tmp_path_factory):
+    """Stage 1's rows for the whole embedded world, N = 8."""
+    if "all_rows" not in MADE:
+        MADE["all_rows"] = tmp_path_factory.mktemp("rows") / "vstar.jsonl"
+        inside("vstar.py", *TINY, "--decode_rows=1024", f"--out={MADE['all_rows']}")
+    return MADE["all_rows"]
+
+
+@pytest.fixture(scope="session")
+def trained(all_rows, tmp_path_factory):
+    """Six steps of Stage 2 in one go. → its folder, and what it said"""
+    if "trained" not in MADE:
+        out = tmp_path_factory.mktemp("train") / "run"
+        MADE["trained"] = out, run(*stage2(all_rows, out))
+    return MADE["trained"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers: models, samplers, samples
+
+
+def tiny_tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(HERE / "tiny/model")
+
+
+def tiny_model():
+    return transformers.AutoModelForCausalLM.from_pretrained(HERE / "tiny/model").eval()
+
+
+def small_model(vocabulary=11, kind="Qwen2", seed=0, hidden=32, layers=2):
+    """A random model of a few thousand parameters; scaled up, so that its distribution is far from uniform."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=vocabulary, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    if kind == "GPT2":
+        config = transformers.GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, n_positions=128, **sizes)
+    else:
+        config = getattr(transformers, f"{kind}Config")(
+            hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model.eval()
+
+
+class TwoTokens(torch.nn.Module):
+    """A 'language model' that always gives EOS (token 0) with chance p, token 1 otherwise."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.config, self._no_split_modules, self.dtype = SimpleNamespace(), [], torch.float32
+        self.table = torch.nn.Linear(1, 2, bias=False)
+        self.table.weight.data = torch.tensor([[math.log(p)], [math.log(1 - p)]])
+
+    def base_model(self, input_ids, use_cache):
+        return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
+
+    def get_output_embeddings(self):
+        return self.table
+
+
+def sampler_of(model, limit=20, temperature=1.0, rows=64, eos=(0,)):
+    return TransformersSampler(model, list(eos), limit, temperature, rows)
+
+
+def chi_square(counts, probabilities):
+    """(statistic - degrees of freedom) in standard deviations; cells that expect fewer than 5 are pooled."""
+    expected = probabilities * counts.sum()
+    small = expected < 5
+    counts = np.append(counts[~small], counts[small].sum())
+    expected = np.append(expected[~small], max(expected[small].sum(), 1e-9))
+    freedom = len(counts) - 1
+    return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
+
+
+def some_samples(count, seed=0, vocabulary=11):
+    rng = random.Random(seed)
+    samples = []
+    for i in range(count):
+        prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 9))]
+        tokens = [rng.randrange(1, vocabulary) for _ in range(rng.randint(0, 12))] + [0]  # ends in EOS, which also pads
+        row = dict(id=str(i), tokens=prompt, vstar=rng.random(), rewards=[1.0])
+        completion = Completion(tokens, True, [-1.0] * len(tokens))
+        samples.append(train.Sample(row, completion, "", float(rng.random() < 0.5), i))
+    return samples
+
+
+def some_args(**more):
+    return SimpleNamespace(**{**dict(tokens_per_microbatch=100_000, temperature=1.0, beta2=0.1, max_grad_norm=1e9,
+                                     minibatches=1, batch_size=24, passes=1, max_new_tokens=13), **more})
+
+
+def run_of(objective, policy, reference, optimizer=None):
+    """What an update needs of a run."""
+    return train.Run(objective.args, objective, None, policy, reference, None, optimizer, None, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers: an update again, as one would write it without a thought of memory
+
+
+def naive_states(model, sample):
+    """One row at a time, no padding: what the model makes of the completion's tokens, before the head."""
+    prompt, tokens = sample.row["tokens"], sample.completion.tokens
+    return model.base_model(torch.tensor([prompt + tokens])).last_hidden_state[0, len(prompt) - 1 : -1]
+
+
+def naive_logps(model, samples, temperature):
+    """[(tokens of the completion,)], from full logits."""
+    return [(model.lm_head(naive_states(model, s)) / temperature).log_softmax(-1).gather(
+        -1, torch.tensor(s.completion.tokens)[:, None])[:, 0] for s in samples]
+
+
+def naive_apo(args, samples, known):
+    """A*-PO's objective again, sequence by sequence. → (policy's, critic's)"""
+    loss = sum((args.beta2 * (logp.sum() - ref_logp.sum()) - (s.reward - s.row["vstar"])) ** 2 / len(samples)
+               for logp, ref_logp, s in zip(known.logp, known.ref_logp, samples))
+    return loss, torch.tensor(0.0)
+
+
+def compare_with_autograd(objective, naive_loss, kind, recompute, make_critic=None):
+    """Chunked head, recomputation, packing, any token budget: the loss and the step of one undivided batch. The policy
+    is not the one that wrote the completions, so ratios are clipped."""
+    args, samples = objective.args, some_samples(24)
+    naive, old, reference = (small_model(kind=kind, seed=seed) for seed in range(3))
+    for parameter, near in zip(old.parameters(), naive.parameters()):
+        parameter.data.lerp_(near.data, 0.8)  # near, so that some ratios are clipped and some not
+    critic, old_critic = (make_critic(kind, recompute, seed) if make_critic else None for seed in (3, 4))
+    values = lambda critic: critic and [critic.model.get_output_embeddings()(naive_states(critic.model, s))[:, 0]
+                                        for s in samples]
+    with torch.no_grad():
+        known = dict(old_logp=naive_logps(old, samples, args.temperature), old_value=values(old_critic),
+                     ref_logp=naive_logps(reference, samples, args.temperature))
+    known = SimpleNamespace(logp=naive_logps(naive, samples, args.temperature), value=values(critic), **known)
+    logp = torch.cat(known.logp)
+    ratios = (logp - torch.cat(known.old_logp)).exp()
+    assert 0.1 < ((ratios - 1).abs() > 0.2).float().mean() < 0.9
+    loss, critic_loss = naive_loss(args, samples, known)
+    (loss + critic_loss).backward()
+    expected = {name: p.grad for name, p in naive.named_parameters()}
+    expected_critic = {name: p.grad for name, p in critic.named_parameters()} if critic else {}
+    log_ratio = torch.stack([a.sum() - b.sum() for a, b in zip(known.logp, known.ref_logp)])
+    for budget in (1, 40, 100_000):
+        args.tokens_per_microbatch = budget
+        objective.critic = old_critic
+        given = objective.given(run_of(objective, train.Policy(old), train.Policy(reference)), samples)
+        ref_logp = torch.stack([x.sum() for x in known.ref_logp])
+        torch.testing.assert_close(given["ref_logp"].sum(-1), ref_logp, atol=2e-4, rtol=1e-5)
+        learners = [train.Policy(small_model(kind=kind), recompute)]
+        if critic:
+            objective.critic = make_critic(kind, recompute, 3)
+            learners.append(objective.critic)
+        before = [{name: p.detach().clone() for name, p in learner.named_parameters()} for learner in learners]
+        optimizer = torch.optim.SGD([dict(params=learner.parameters()) for learner in learners], lr=1.0)
+        numbers = train.update(run_of(objective, learners[0], None, optimizer), samples, given)
+        assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+        assert numbers["entropy"] == pytest.approx(-logp.mean().item(), rel=1e-5)
+        assert numbers["kl"] == pytest.approx(log_ratio.mean().item(), rel=1e-4)
+        assert numbers["log_ratio_abs"] == pytest.approx(log_ratio.abs().mean().item(), rel=1e-4)
+        assert numbers["length"] == len(logp) / len(samples)
+        assert numbers["mismatch"] == pytest.approx((logp + 1).abs().mean().item(), rel=1e-4)  # sampled at -1 each
+        for name, p in learners[0].model.named_parameters():
+            torch.testing.assert_close(before[0]["model." + name] - p, expected[name], atol=2e-4, rtol=2e-3)
+        norm = math.sqrt(sum((gradient**2).sum().item() for gradient in expected.values()))
+        assert numbers["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        if critic:
+            assert numbers["critic_loss"] == pytest.approx(critic_loss.item(), rel=1e-4) and critic_loss > 0.01
+            for name, p in learners[1].named_parameters():
+                if expected_critic[name] is not None:  # a tied head was replaced; nothing is left of it
+                    torch.testing.assert_close(before[1][name] - p, expected_critic[name], atol=2e-4, rtol=2e-3)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most elements that any tensor had."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# helpers: illnesses, work of the checker
+
+
+def healthy(steps=60):
+    """Metrics of a run that goes well: 0.4 → 0.9."""
+    return [dict(step=i + 1, reward=0.9 - 0.5 * math.exp(-i / 15), finished=1.0, length=20.0 + i / 10, unsolved=0.1,
+                 kl=0.02 * i, log_ratio_abs=0.05 + 0.02 * i) for i in range(steps)]
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """[how many nodes of a tree the checker has evaluated]"""
+    count, evaluate_node = [0], rewards.value
+
+    def counted(*arguments):
+        count[0] += 1
+        return evaluate_node(*arguments)
+
+    monkeypatch.setattr(rewards, "value", counted)
+    return count
+
+
+@pytest.fixture(scope="module")
+def vllm_engine():
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    engine, why = vstar.pick_engine("auto")
+    if engine != "vllm":
+        pytest.skip(why)
+    args = SimpleNamespace(model=str(HERE / "tiny/model"), revision=None, dtype="float32", seed=0, gpu_memory=0.3,
+                           temperature=1.0, max_new_tokens=64)
+    with mock.patch.dict(os.environ):  # into which vLLM writes what other processes should not find
+        sampler = vstar.VLLMSampler(args, [0], 128, training=True)
+    if sampler.sleeps:
+        sampler.llm.wake_up()
+    prompts = [rewards.encode(tiny_tokenizer(), p["question"], False)
+               for p in rewards.load_problems(str(HERE / "tiny/test.jsonl"))[:128]]
+    return SimpleNamespace(sampler=sampler, prompts=prompts)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the house
+
+SCRIPTS = ("rewards", "vstar", "train", "evaluate")  # each may import those before it
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports_run_one_way(name):
+    """…and stand at the top, so that none hides a circle."""
+    tree = ast.parse((HERE / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for module in modules:
+                ours = module in SCRIPTS or module.startswith(("experiments", "test_apo", "tiny"))
+                assert not ours or (module in SCRIPTS[: SCRIPTS.index(name)] and node in tree.body), (name, module)
+
+
+def test_no_line_is_too_wide():
+    for path in (*HERE.glob("*.py"), *HERE.glob("experiments/**/*.py"), *HERE.glob("tiny/*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120, (path, number)
+
+
+def test_train_knows_no_other_algorithm():
+    """Outside of docstrings and comments, which ast.unparse drops."""
+    tree = ast.parse((HERE / "train.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    code = ast.unparse(tree)
+    assert "apo_loss" in code and not re.search("PPO|GRPO|REBEL", code, re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vstar.py: V̂* and what is said of it
 
 
 @pytest.mark.parametrize("beta1", [1e-6, 1e-3, 0.1, 0.5, 1.0, 10.0, 1e3, 1e6, 1e12])
@@ -93,17 +522,27 @@ def test_vstar_limits_and_order():
 
 
 @pytest.mark.parametrize("beta1,seen,n", [*product([0.5, 1.0, 2.0], [8, 16], [4, 8, 16]),
-                                              *product([0.5, 2.0], [4], [2, 4])])
+                                          *product([0.5, 2.0], [4], [2, 4])])
 def test_vstar_error_against_brute_force(beta1, seen, n):
     """The exact scatter of V̂* over all numbers of right answers, for prompts of every difficulty."""
     rng = np.random.default_rng(0)
-    chance = rng.beta(1.0, 1.5, 3000)
+    chance = rng.beta(1.0, 1.5, 3000)[:, None]
     right = np.arange(n + 1)
     vstar_of = estimate_vstar((np.arange(n) < right[:, None]).astype(float), beta1)  # (n+1,)
-    weight = np.array([math.comb(n, k) for k in right]) * chance[:, None] ** right * (1 - chance[:, None]) ** (n - right)
+    weight = np.array([math.comb(n, k) for k in right]) * chance**right * (1 - chance) ** (n - right)
     truth = math.sqrt(((weight * vstar_of**2).sum(1) - (weight * vstar_of).sum(1) ** 2).mean())
-    seen_rewards = rng.random((3000, seen)) < chance[:, None]
+    seen_rewards = rng.random((3000, seen)) < chance
     assert vstar_error(seen_rewards, beta1, n) == pytest.approx(truth, rel=0.1)
+
+
+@pytest.mark.parametrize("beta1,seen,n", [(0.5, 8, 8), (0.5, 8, 4), (2.0, 4, 16), (0.1, 16, 8), (math.inf, 2, 3)])
+def test_vstar_error_is_the_bootstrap(beta1, seen, n):
+    """Draw n of each prompt's answers with replacement, many times: the scatter that the sum over binomials says."""
+    rng, draws = np.random.default_rng(1), 20_000
+    answers = (rng.random((20, seen)) < rng.random((20, 1))).astype(float)
+    drawn = np.array([estimate_vstar(row[rng.integers(seen, size=(draws, n))], beta1).var() for row in answers])
+    bootstrapped = math.sqrt(drawn.mean() * seen / (seen - 1))
+    assert vstar_error(answers, beta1, n) == pytest.approx(bootstrapped, rel=0.005)
 
 
 def test_vstar_error_without_scatter():
@@ -118,24 +557,1081 @@ def test_pass_at_k_counts_subsets():
             assert pass_at_k(row, k) == pytest.approx(np.mean([max(subset) for subset in subsets]))
 
 
+def test_summary_warns():
+    row = lambda right, finished=True: dict(rewards=right, vstar=0.0, lengths=[3] * len(right),
+                                            finished=[finished] * len(right))
+    mixed = [row([float(i < k) for i in range(8)]) for k in range(9)] * 10
+    assert "warning" not in vstar.summary(mixed, 0.5)
+    assert "no right answer" in vstar.summary([row([0.0] * 8)] * 19 + mixed[8:9], 0.5)
+    assert "cut off" in vstar.summary([row(r["rewards"], False) for r in mixed], 0.5)
+    assert "too small for β1" in vstar.summary([row(r["rewards"][3:5]) for r in mixed[4:5]], 0.25)
+    assert "too small for β1" in vstar.summary([row(r["rewards"][:1]) for r in mixed], 0.5)
+    text = vstar.summary(mixed, 0.5)
+    assert "0/8 right         11.1%" in text and "8/8 right  11.1%" in text and "0.500 ±" in text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# problems and verdicts
+# vstar.py: the sampler
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_samples_follow_the_softmax(temperature):
+    model, prompt = small_model(), [3, 1, 4]
+    (completions,) = sampler_of(model, 2, temperature, 30_000).generate([prompt], 30_000, [5])
+    first = np.array([completion.tokens[0] for completion in completions])
+
+    def softmax(ids):
+        return (model(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1).detach().double().numpy()
+
+    assert softmax(prompt).max() < 0.9
+    assert chi_square(np.bincount(first, minlength=11), softmax(prompt)) < 4
+    likely = np.bincount(first[first > 0]).argmax()  # and the second token, given the likeliest first
+    second = np.array([completion.tokens[1] for completion in completions if completion.tokens[0] == likely])
+    assert chi_square(np.bincount(second, minlength=11), softmax([*prompt, likely])) < 4
+    assert chi_square(np.bincount(first, minlength=11), np.full(11, 1 / 11)) > 20  # the test can fail
+
+
+@pytest.mark.parametrize("vocabulary", [3, 128, 1000, 151936])
+def test_draw_is_the_inverse_cdf(vocabulary):
+    """In two steps it finds what one running sum of probabilities finds; tokens without probability never come."""
+    torch.manual_seed(0)
+    rows = 500 if vocabulary < 10_000 else 100
+    logits = 3 * torch.randn(rows, vocabulary)
+    logits[:, torch.randperm(vocabulary)[: vocabulary // 2]] = -math.inf
+    uniform = torch.rand(rows, dtype=torch.float64)
+    uniform[:4] = torch.tensor([0.0, 0.0, 1 - 1e-12, 1 - 1e-12], dtype=torch.float64)
+    for temperature in (1.0, 0.5):
+        token, logp = vstar.draw(logits, uniform, temperature)
+        exact = (logits.double() / temperature).log_softmax(-1)
+        torch.testing.assert_close(logp.double(), exact.gather(-1, token[:, None])[:, 0], atol=1e-5, rtol=0)
+        cdf = exact.exp().cumsum(-1)
+        before = torch.where(token > 0, cdf.gather(-1, (token[:, None] - 1).clamp(min=0))[:, 0], 0)
+        assert (before - 1e-6 <= uniform).all() and (uniform <= cdf.gather(-1, token[:, None])[:, 0] + 1e-6).all()
+        naive = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+        assert (naive == token).float().mean() > 0.98  # sums in fp32 move the borders by about 1e-7
+    greedy, logp = vstar.draw(logits, uniform, 0)
+    assert greedy.equal(logits.argmax(-1))
+    torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "GPT2"])
+def test_batch_equals_one_by_one(kind):
+    """Left padding, positions, rows that leave: a completion does not depend on its neighbours or their order."""
+    model, rng = small_model(kind=kind), random.Random(0)
+    prompts = [[rng.randint(1, 10) for _ in range(rng.randint(1, 12))] for _ in range(20)]
+    seeds = [prompt_seed(0, i) for i in range(20)]
+    together = sampler_of(model, rows=1000).generate(prompts, 4, seeds)
+    alone = [sampler_of(model, rows=1).generate([p], 4, [s])[0] for p, s in zip(prompts, seeds)]
+    backwards = sampler_of(model, rows=28).generate(prompts[::-1], 4, seeds[::-1])[::-1]
+    tokens = lambda completions: [[c.tokens for c in copies] for copies in completions]
+    assert tokens(together) == tokens(alone) == tokens(backwards)
+    assert len({tuple(c.tokens) for copies in together for c in copies}) > 60
+    assert {c.finished for copies in together for c in copies} == {True, False}
+    # a smaller N is a prefix of a larger one
+    assert tokens(sampler_of(model).generate(prompts, 2, seeds)) == [copies[:2] for copies in tokens(together)]
+    for prompt, copies in zip(prompts, together):  # the log-probs are those of a plain forward pass without padding
+        for copy in copies:
+            logits = model(torch.tensor([prompt + copy.tokens])).logits[0, len(prompt) - 1 : -1]
+            plain = logits.log_softmax(-1).gather(-1, torch.tensor(copy.tokens)[:, None])[:, 0]
+            torch.testing.assert_close(plain, torch.tensor(copy.logps), atol=2e-4, rtol=0)
+
+
+def test_completions_end_with_the_first_eos():
+    model = small_model()
+    for eos in ([0], [0, 7]):  # 0 is also the padding token
+        for copies in sampler_of(model, 12, eos=eos).generate([[1, 2], [5], [0, 3, 0]], 50, [1, 2, 3]):
+            for tokens, finished, logps in copies:
+                assert len(tokens) == len(logps) and 1 <= len(tokens) <= 12
+                assert finished == (tokens[-1] in eos)
+                assert not set(tokens[:-1]) & set(eos)
+                assert finished or len(tokens) == 12
+
+
+def test_greedy():
+    model, ids = small_model(), [3, 1, 4]
+    ((completion,),) = sampler_of(model, 10, temperature=0, eos=[99]).generate([ids], 1, [0])
+    for token in completion.tokens:
+        assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        ids = [*ids, token]
+
+
+def test_seeds_differ_by_run_prompt_and_copy():
+    assert len({prompt_seed(s, i) for s in range(50) for i in ("a", "b", 1, 11, "1/1")}) == 250
+    assert prompt_seed(0, "train/00000") == prompt_seed(0, "train/00000") < 2**63
+    (completions,) = sampler_of(small_model()).generate([[1]], 8, [3])
+    assert len({tuple(completion.tokens) for completion in completions}) == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vstar.py: flags, processes, files
+
+
+def test_flags(monkeypatch, capsys):
+    def parse(*flags):
+        parser = vstar.Flags("a test")
+        add = parser.group("a group")
+        add("--many", 8, "above 0")
+        add("--share", 0.5, "above 0")
+        add("--seed", 0, "0 or more, as its default is")
+        add("--temperature", 1.0, "0 or more, as is said", zero=True)
+        add("--limit", int, "without a default")
+        add("--kind", ["auto", "one"], "the first is the default")
+        add("--out", Path("out"), "of the default's type")
+        add("--loud", False, "on or off")
+        monkeypatch.setattr(sys, "argv", ["test", *flags])
+        return vars(vstar.read_flags(parser, "no recipe"))
+
+    default = dict(many=8, share=0.5, seed=0, temperature=1.0, limit=None, kind="auto", out=Path("out"), loud=False)
+    assert parse("--many=8") == default
+    found = parse("--many=3", "--seed", "0", "--temperature=0", "--limit=1", "--kind=one", "--out=a", "--share=inf")
+    assert found == default | dict(many=3, temperature=0, limit=1, kind="one", out=Path("a"), share=math.inf)
+    assert parse("--loud")["loud"] is True
+    for name, value in (("many", "0"), ("many", "-1"), ("share", "0"), ("share", "nan"), ("seed", "-1"), ("limit", "0"),
+                        ("temperature", "-0.1")):
+        ends_in_one_line(capsys, lambda name=name, value=value: parse(f"--{name}={value}"), f"--{name}", "is too small")
+    for flag in ("--many=2.5", "--kind=two", "--man=2", "--loud=yes", "--many"):
+        ends_in_one_line(capsys, lambda flag=flag: parse(flag), flag.split("=")[0])
+
+
+@pytest.mark.parametrize("flag,words", [
+    ("--samples=0", ["--samples", "0 is too small"]),
+    ("--beta1=0", ["--beta1", "is too small"]),
+    ("--beta1=-1", ["--beta1", "is too small"]),
+    ("--beta1=nan", ["--beta1", "is too small"]),
+    ("--limit=0", ["--limit", "0 is too small"]),
+    ("--temperature=-1", ["--temperature", "is too small"]),
+    ("--samples=2.5", ["--samples", "2.5"]),
+    ("--engine=tensorrt", ["--engine", "tensorrt", "transformers"]),
+    ("@nowhere.args", ["nowhere.args"]),
+    # a flag has one name, which is written out
+    ("--sample=2", ["unrecognized arguments", "--sample=2"]),
+    ("--n=2", ["unrecognized arguments", "--n=2"]),
+    ("--batch=2", ["unrecognized arguments", "--batch=2"]),
+    ("--chunk=2", ["unrecognized arguments", "--chunk=2"]),
+    ("--plan=8xH100", ["unrecognized arguments", "--plan=8xH100"]),
+    # what is asked for is not there
+    ("--model=./nowhere", ["./nowhere", "no such folder"]),
+    ("--chat", ["chat template"]),
+    ("--max_new_tokens=510", ["train/00000", "window of 512"]),
+    ("--data=nowhere.jsonl", ["nowhere.jsonl"]),
+    ("--data=nonsense", ["unknown data set 'nonsense'"]),
+    ("--engine=vllm", ["--engine vllm"]),
+])
+def test_bad_flags_of_stage1(flag, words, tmp_path):
+    if flag == "--engine=vllm" and importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    refused(inside(*stage1(tmp_path / "out/vstar.jsonl", flag), check=False), *words)
+    assert not (tmp_path / "out").exists()  # nothing half-written
+
+
+def test_a_later_flag_goes_before_a_recipe(monkeypatch):
+    monkeypatch.chdir(HERE)
+    parse = lambda *flags: vstar.make_parser().parse_args(flags)
+    assert parse("@tiny/vstar.args").model == "tiny/model" and parse("@tiny/vstar.args").max_new_tokens == 64
+    assert parse("@tiny/vstar.args", "--max_new_tokens=9").max_new_tokens == 9
+    # with no flags a script reads its recipe, from wherever it is started; with any, only what is said holds
+    monkeypatch.setattr(sys, "argv", ["vstar.py"])
+    assert vstar.read_flags(vstar.make_parser(), "vstar").decode_rows == 1024
+    monkeypatch.setattr(sys, "argv", ["vstar.py", "--model=a", "--data=b"])
+    assert vstar.read_flags(vstar.make_parser(), "vstar").decode_rows == 256
+
+
+def test_a_full_gpu_is_one_line(capsys):
+    def raises(error):
+        raise error
+
+    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                  RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp"),
+                  ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired")):
+        ends_in_one_line(capsys, lambda error=error: vstar.run_script(lambda: raises(error)), "lower --decode_rows")
+    with pytest.raises(RuntimeError, match="another"):
+        vstar.run_script(lambda: raises(RuntimeError("another")))
+
+
+def test_each_process_sees_its_own_gpus():
+    assert [vstar.own_gpus(None, rank, 1) for rank in range(3)] == ["0", "1", "2"]
+    assert [vstar.own_gpus("4,5,6,7", rank, 2) for rank in range(3)] == ["4,5", "6,7", ""]
+    assert vstar.own_gpus("GPU-a,GPU-b", 1, 1) == "GPU-b" and vstar.own_gpus("", 0, 1) == ""
+
+
+def fill(path, text):
+    """A file, or a folder with a file in a folder."""
+    if path.suffix.startswith(".json"):
+        path.write_text(text)
+    else:
+        (path / "in").mkdir(parents=True)
+        (path / "in/file").write_text(text)
+
+
+def text_in(path):
+    return path.read_text() if path.is_file() else (path / "in/file").read_text()
+
+
+@pytest.mark.parametrize("name", ["file.jsonl", "folder"])
+def test_what_others_read_appears_whole(name, tmp_path, capsys, monkeypatch):
+    path, done, fsync, replace = tmp_path / name, [], os.fsync, os.replace
+    # in this order, or after a power cut the new name may stand before empty pages
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    with vstar.written_whole(path) as aside:
+        fill(aside, "one")
+        assert not path.exists()
+    assert text_in(path) == "one" and done == ["fsync", "replace"]
+    for stop in (KeyboardInterrupt, SystemExit, RuntimeError):  # in the midst of writing
+        with pytest.raises(stop), vstar.written_whole(path) as aside:
+            fill(aside, "half")
+            raise stop
+        assert text_in(path) == "one"
+        vstar.remove(aside)
+
+    def disk_is_full():
+        with vstar.written_whole(path) as aside:
+            fill(aside, "half")
+            raise OSError(28, "No space left on device")
+
+    ends_in_one_line(capsys, disk_is_full, f"cannot write {path}: No space left on device", "Is the disk full?")
+    assert text_in(path) == "one" and os.listdir(tmp_path) == [name]
+    with vstar.written_whole(path, mine=False) as aside:  # another process's to rename
+        fill(aside, "two")
+    assert text_in(path) == "one" and text_in(aside) == "two"
+    with vstar.written_whole(path):
+        pass
+    assert text_in(path) == "two" and os.listdir(tmp_path) == [name]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    vstar.write_whole(tmp_path / "rows.jsonl", "old")
+    if os.fork() == 0:  # a process that ends in the middle, without a word
+        try:
+            with vstar.written_whole(tmp_path / "rows.jsonl") as aside:
+                aside.write_text("ha")
+                os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.wait()[1] == 0
+    assert (tmp_path / "rows.jsonl").read_text() == "old"
+    vstar.write_whole(tmp_path / "rows.jsonl", "new")
+    assert (tmp_path / "rows.jsonl").read_text() == "new" and os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_guard_settings(tmp_path, capsys):
+    """A run goes on only with the settings that it was begun with, but for those that are free."""
+    made, config = tmp_path / "rows.jsonl", tmp_path / "rows.config.json"
+
+    def guard(algorithm="apo", **more):
+        flags = dict(samples=8, out=made, overwrite=False, decode_rows=1, engine="transformers", show=3, revision=None)
+        vstar.guard_settings(config, SimpleNamespace(**{**flags, **more}), [made], ["show"], algorithm=algorithm)
+
+    guard()
+    saved = json.loads(config.read_text())
+    assert saved["settings"] == dict(samples=8, engine="transformers", revision=None, algorithm="apo")
+    assert set(saved["versions"]) == {"python", "torch", "transformers"}
+    made.write_text("rows")
+    guard(decode_rows=2, show=4, out=tmp_path)  # free to change
+    ends_in_one_line(capsys, lambda: guard("ppo", samples=4), f"{config}: the run was begun with other settings: "
+                     "--samples (was 8, now 4), algorithm (was apo, now ppo); --overwrite throws it away")
+    ends_in_one_line(capsys, lambda: guard(revision="v2"), "--revision (was None, now v2)")
+    ends_in_one_line(capsys, lambda: guard(new=1), "--new (was None, now 1)")  # a flag that there was not
+    config.write_text(json.dumps(dict(saved, settings={**saved["settings"], "gone": 1})))
+    ends_in_one_line(capsys, guard, "gone (was 1, now None)")  # or is no more
+    for broken in ("{", "[]", "3", json.dumps(saved["settings"]), '{"settings": 3}'):
+        config.write_text(broken)
+        ends_in_one_line(capsys, guard, "rows.config.json", "--overwrite")
+        assert made.exists()
+    config.unlink()
+    ends_in_one_line(capsys, guard, "rows.jsonl exists without its rows.config.json", "--overwrite")
+    guard(overwrite=True, samples=4)
+    assert not made.exists() and json.loads(config.read_text())["settings"]["samples"] == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vstar.py: Stage 1 as a whole
+
+
+@whole
+def test_stage1_rows(undisturbed):
+    out, done = undisturbed
+    rows = read_jsonl(out)
+    problems = {p["id"]: p for p in rewards.load_problems(str(HERE / "tiny/train.jsonl"))[:768]}
+    assert [row["id"] for row in rows] == sorted(problems)
+    for row in rows:
+        assert list(row) == ["id", "prompt", "answer", "rewards", "vstar", "lengths", "finished", "responses"]
+        assert row["prompt"] == problems[row["id"]]["question"] and row["answer"] == problems[row["id"]]["answer"]
+        assert row["rewards"] == [rewards.reward(response, row["answer"], finished)
+                                  for response, finished in zip(row["responses"], row["finished"])]
+        assert len(row["rewards"]) == len(row["lengths"]) == 2
+        assert row["vstar"] == pytest.approx(0.5 * math.log(np.mean(np.exp(np.array(row["rewards"]) / 0.5))))
+    accuracy = np.mean([row["rewards"] for row in rows])
+    assert 0.3 < accuracy < 0.5
+    assert f"accuracy          {accuracy:.3f} ±" in done.stdout and "N = 4" in done.stdout
+    saved = json.loads(out.with_suffix(".config.json").read_text())
+    assert saved["settings"]["model"] == "tiny/model" and saved["settings"]["samples"] == 2
+    assert saved["settings"]["dtype"] == "float32" and saved["versions"]["torch"] == torch.__version__
+    assert out.with_suffix(".png").stat().st_size > 5000
+    assert sorted(p.name for p in out.parent.iterdir()) == ["vstar.config.json", "vstar.jsonl", "vstar.png"]
+
+
+@whole
+def test_stage1_killed_and_restarted(undisturbed, tmp_path):
+    out, rng, seen = tmp_path / "vstar.jsonl", random.Random(0), set()
+
+    def has_saved_more():
+        before = len(seen)
+        seen.update(out.with_suffix(".parts").glob("*.jsonl"))
+        return len(seen) > before
+
+    for _ in range(4):
+        process = start(*stage1(out))
+        wait_until(has_saved_more, process)
+        time.sleep(rng.random() * 0.1)
+        kill(process)
+    assert 4 <= len(seen) <= 6
+    inside(*stage1(out))
+    assert out.read_bytes() == undisturbed[0].read_bytes()
+    assert sorted(p.name for p in out.parent.iterdir()) == ["vstar.config.json", "vstar.jsonl", "vstar.png"]
+    again = inside(*stage1(out))  # nothing left to do
+    assert "tokens/s" not in again.stdout and "accuracy" in again.stdout
+
+
+@whole
+def test_two_processes_equal_one(undisturbed, tmp_path):
+    torchrun(2, *stage1(tmp_path / "vstar.jsonl"))
+    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
+
+
+@whole
+def test_ctrl_c_says_how_to_go_on(undisturbed, tmp_path):
+    out = tmp_path / "vstar.jsonl"
+    # a shell's background job does not listen, nor do its children
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = start(*stage1(out), stderr=subprocess.PIPE, preexec_fn=listens)
+    wait_until(lambda: list(tmp_path.glob("*/*.jsonl")), process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from here" in said and "Traceback" not in said
+    inside(*stage1(out))
+    assert out.read_bytes() == undisturbed[0].read_bytes()
+
+
+@whole
+def test_changed_settings_are_refused_by_name(undisturbed):
+    out = undisturbed[0]
+    before = out.read_bytes()
+    refused(inside(*stage1(out, "--samples=4", "--beta1=1"), check=False), "was begun with other settings: "
+            "--samples (was 2, now 4), --beta1 (was 0.5, now 1.0); --overwrite throws it away")
+    assert out.read_bytes() == before
+
+
+def test_what_stands_behind_the_names_may_not_change(tmp_path):
+    """A model trained anew in the same folder, or an edited file of problems: old rows are not taken for theirs."""
+    shutil.copytree(HERE / "tiny/model", tmp_path / "model")
+    data, out = tmp_path / "data.jsonl", tmp_path / "v.jsonl"
+    data.write_text("".join((HERE / "tiny/train.jsonl").read_text().splitlines(keepends=True)[:4]))
+    command = stage1(out, f"--model={tmp_path}/model", f"--data={data}")
+    inside(*command)
+    before, text = out.read_bytes(), data.read_text()
+    data.write_text(text.replace('"answer": "', '"answer": "1', 1))
+    assert data.read_text() != text
+    refused(inside(*command, check=False), "data's problems (was", "--overwrite")
+    data.write_text(text)
+    path = tmp_path / "model/model.safetensors"
+    model = bytearray(path.read_bytes())
+    model[-3000:] = bytes(3000)
+    path.write_bytes(model)
+    refused(inside(*command, check=False), "model's weights (was", "--overwrite")
+    refused(inside(*stage2(out, tmp_path / "run"), check=False), "has changed since Stage 1", "vstar.py")
+    assert out.read_bytes() == before
+
+
+def test_overwrite_starts_afresh(tmp_path):
+    for n in (1, 2):
+        inside(*stage1(tmp_path / "v.jsonl", "--limit=4", f"--samples={n}", *["--overwrite"] * (n - 1)))
+        assert len(read_jsonl(tmp_path / "v.jsonl")[0]["rewards"]) == n
+
+
+def test_files_of_an_earlier_version_are_refused(tmp_path):
+    """It wrote `n` for `samples`, and Stage 2's settings without a name around them."""
+    out = tmp_path / "v.jsonl"
+    inside(*stage1(out, "--limit=4"))
+    now = json.loads(out.with_suffix(".config.json").read_text())
+    old = {key: value for key, value in now["settings"].items() if key != "samples"} | dict(n=2)
+    config = tmp_path / "run/config.json"
+    inside(*stage2(out, tmp_path / "run", "--steps=1", "--batch_size=4", "--eval_limit=1"))
+    config.write_text(json.dumps(json.loads(config.read_text())["settings"]))
+    refused(inside(*stage2(out, tmp_path / "run"), check=False), str(config), "--overwrite")
+    out.with_suffix(".config.json").write_text(json.dumps(dict(now, settings=old)))
+    refused(inside(*stage1(out, "--limit=4"), check=False), "--samples (was None, now 2)", " n (was 2, now None)",
+            "--overwrite")
+    refused(inside(*stage2(out, tmp_path / "another"), check=False), "v.config.json", "vstar.py", "again")
+    inside(*evaluation(tmp_path / "e", "--limit=2", "--samples=1"))
+    (path,) = (tmp_path / "e").glob("*.config.json")
+    saved = json.loads(path.read_text())
+    for changed in ({**saved, "settings": {**saved["settings"], "n": 1}}, saved["settings"]):
+        path.write_text(json.dumps(changed))
+        refused(inside(*evaluation(tmp_path / "e", "--limit=2", "--samples=1"), check=False), path.name, "--overwrite")
+
+
+def test_model_without_tokenizer(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(HERE / "tiny/model" / name)
+    refused(inside(*stage1(tmp_path / "o/v.jsonl", f"--model={tmp_path}"), check=False), "tokenizer")
+
+
+def test_unwritable_folder_and_broken_files(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(inside(*stage1(tmp_path / "file/vstar.jsonl"), check=False), str(tmp_path / "file"))
+    with full_disk(kilobytes=10):
+        done = inside(*stage1(tmp_path / "full.jsonl", "--limit=128"), check=False)
+    refused(done, "cannot write", "000000.jsonl: File too large", alone=False)
+    (tmp_path / "v.config.json").write_text("{")
+    refused(inside(*stage1(tmp_path / "v.jsonl"), check=False), "v.config.json")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: the mathematics
+
+
+def test_apo_loss_by_hand():
+    loss = train.apo_loss(torch.tensor([-3.0, -1.0]), torch.tensor([-5.0, -1.0]), torch.tensor([1.0, 0.0]),
+                          torch.tensor([0.25, 0.5]), beta2=0.1)
+    torch.testing.assert_close(loss, torch.tensor([(0.2 - 0.75) ** 2, 0.25]))
+
+
+@pytest.mark.parametrize("vstar_value", [0.0, 0.3, 7.0])
+def test_gradient_is_that_of_reward_minus_kl(vstar_value):
+    """On-policy, E[∇ℓ] = −2 β2 ∇( E_π[r] − β2 KL(π‖π_ref) ), whatever V̂* is: exact on a softmax over seven answers."""
+    torch.manual_seed(0)
+    beta2, theta = 0.3, torch.randn(7, dtype=torch.double, requires_grad=True)
+    ref_logp = torch.randn(7, dtype=torch.double).log_softmax(0)
+    r = torch.tensor([1.0, 0, 0, 1, 0, 1, 0], dtype=torch.double)
+    logp = theta.log_softmax(0)
+    ours = (logp.exp().detach() * train.apo_loss(logp, ref_logp, r, vstar_value, beta2)).sum()
+    objective = (logp.exp() * (r - beta2 * (logp - ref_logp))).sum()
+    (gradient,) = torch.autograd.grad(ours, theta, retain_graph=True)
+    (expected,) = torch.autograd.grad(-2 * beta2 * objective, theta)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.abs().max() > 0.01
+
+
+def test_loss_is_zero_at_the_optimum():
+    """π* ∝ π_ref exp(r/β2) with V* = β2 ln E_ref exp(r/β2) solves the regression exactly."""
+    beta2, r = 0.5, torch.tensor([1.0, 0.0, 0.0, 1.0])
+    ref_logp = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    best = (beta2 * torch.logsumexp(ref_logp + r / beta2, 0)).item()
+    logp = ref_logp + (r - best) / beta2
+    assert logp.exp().sum() == pytest.approx(1)
+    assert train.apo_loss(logp, ref_logp, r, best, beta2).max() < 1e-12
+
+
+@pytest.mark.parametrize("kind,temperature,recompute", [
+    ("Qwen2", 1.0, True), ("Qwen2", 0.7, False), ("Llama", 1.3, True), ("GPT2", 1.0, True)])
+def test_update_is_naive_autograd_on_one_big_batch(kind, temperature, recompute, monkeypatch):
+    monkeypatch.setattr(train.Policy, "chunk", lambda *_: 7)
+    compare_with_autograd(train.APO(some_args(temperature=temperature)), naive_apo, kind, recompute)
+
+
+def test_an_update_starts_from_no_gradient():
+    """A rate of 0 moves nothing, so the same update twice says the same."""
+    objective, samples, policy = train.APO(some_args()), some_samples(12), train.Policy(small_model())
+    a_run = run_of(objective, policy, train.Policy(small_model(seed=1)), torch.optim.SGD(policy.parameters(), lr=0.0))
+    given = objective.given(a_run, samples)
+    one, two = (train.update(a_run, samples, given) for _ in range(2))
+    assert one == two and one["grad_norm"] > 0
+
+
+def test_the_gradient_is_clipped_to_a_global_norm():
+    """A step at rate 1 is as long as the bound; what is logged is the norm before."""
+    lengths, norms = [], []
+    for bound in (1e9, 0.01):
+        objective, policy = train.APO(some_args(max_grad_norm=bound)), train.Policy(small_model())
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+        a_run = run_of(objective, policy, train.Policy(small_model(seed=1)), optimizer)
+        before = torch.cat([p.detach().flatten() for p in policy.parameters()])
+        samples = some_samples(12)
+        norms.append(train.update(a_run, samples, objective.given(a_run, samples))["grad_norm"])
+        lengths.append((torch.cat([p.detach().flatten() for p in policy.parameters()]) - before).norm().item())
+    assert norms[0] == norms[1] == pytest.approx(lengths[0], rel=1e-3) and norms[0] > 1
+    assert lengths[1] == pytest.approx(0.01, rel=1e-2)
+
+
+def test_apo_asks_only_the_reference(monkeypatch):
+    """What the loss takes as given costs one pass of π_ref, none of the policy."""
+    asked, samples = [], some_samples(24)
+    monkeypatch.setattr(train, "by_token", lambda model, *_: asked.append(model) or torch.zeros(24, 30))
+    given = train.APO(some_args()).given(run_of(train.APO(some_args()), "policy", "ref"), samples)
+    assert asked == ["ref"] and set(given) == {"ref_logp", "reward", "vstar"}
+    assert given["reward"].tolist() == [s.reward for s in samples]
+    assert given["vstar"].tolist() == pytest.approx([s.row["vstar"] for s in samples])
+
+
+def test_rate():
+    optimizer = SimpleNamespace(param_groups=[dict(peak=1.0), dict(peak=4.0)])
+    rates = []
+    for step in range(6):
+        train.set_rate(optimizer, step, SimpleNamespace(warmup=4))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates == [[0.25, 1.0], [0.5, 2.0], [0.75, 3.0], [1, 4], [1, 4], [1, 4]]
+    train.set_rate(optimizer, 0, SimpleNamespace(warmup=0))
+    assert optimizer.param_groups[1]["lr"] == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: batches and tokens
+
+
+def test_microbatches_hold_every_response_once():
+    samples = some_samples(40)
+    for budget, together in product((1, 60, 10_000), (1, 2)):
+        batches = list(train.microbatches(samples, some_args(tokens_per_microbatch=budget), "cpu", together))
+        assert sorted(i for rows, _, _ in batches for i in rows) == list(range(40))
+        for rows, ids, response in batches:
+            assert len(rows) == together or ids.numel() <= budget
+            assert all(i ^ 1 in rows for i in rows) or together == 1
+            for row, i in enumerate(rows):
+                # up to and including the EOS, not the padding, which is the same token
+                assert ids[row][response[row]].tolist() == samples[i].completion.tokens
+                assert not response[row, : len(samples[i].row["tokens"])].any()
+
+
+def test_what_another_rank_has_more_of_counts_for_nothing(monkeypatch):
+    """Micro-batches without rows fill up where another process has more; they change neither loss nor gradient."""
+    samples, objective = some_samples(6), train.APO(some_args())
+    reference = train.Policy(small_model(seed=1))
+
+    def updated():
+        policy = train.Policy(small_model())
+        a_run = run_of(objective, policy, reference, torch.optim.SGD(policy.parameters(), lr=1.0))
+        numbers = train.update(a_run, samples, objective.given(a_run, samples))
+        return numbers, torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+    alone, moved = updated()
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    two_more = lambda tensor, op=None: tensor.add_(2) if op else tensor  # the count of micro-batches has an `op`
+    monkeypatch.setattr(train.dist, "all_reduce", two_more)
+    made_up = [rows for rows, _, _ in train.microbatches(samples, objective.args, "cpu")][1:]
+    assert made_up == [[], []]
+    again, moved_again = updated()
+    assert again == alone and torch.equal(moved, moved_again)
+
+
+def test_minibatches_part_a_batch_by_place():
+    """Each sample once a pass, with what is given for it; the copies of a prompt stay together."""
+    samples = [s._replace(place=48 + i // 2) for i, s in enumerate(some_samples(20))]
+    given = dict(flat=torch.arange(20), by_token=torch.arange(20)[:, None].expand(20, 5))
+    parts = list(train.minibatches(samples, given, some_args(batch_size=10, minibatches=3), passes=2))
+    assert len(parts) == 6 and [p[0] for p in parts[:3]] == [p[0] for p in parts[3:]]
+    for index, (some, their_given) in enumerate(parts[:3]):
+        rows = [i for i in range(20) if (48 + i // 2) % 10 % 3 == index]
+        assert some == [samples[i] for i in rows] and their_given["flat"].tolist() == rows
+        assert their_given["by_token"][:, 0].tolist() == rows
+    (everything,) = train.minibatches(samples, given, some_args(batch_size=10), passes=1)
+    assert everything[0] == samples and torch.equal(everything[1]["flat"], given["flat"])
+
+
+def test_numbers_stand_on_their_tokens():
+    """on_tokens puts the n-th number where by_token has the n-th token of the response."""
+    samples, policy = some_samples(12), train.Policy(small_model())
+    logp = train.by_token(policy, samples, some_args(tokens_per_microbatch=40), "cpu")
+    plain = [x.tolist() for x in naive_logps(policy.model, samples, 1.0)]
+    placed = train.on_tokens(samples, plain, logp)
+    torch.testing.assert_close(placed, logp, atol=1e-4, rtol=1e-5)
+    assert (placed != 0).sum() == sum(len(s.completion.tokens) for s in samples)
+
+
+def test_prompts_of_a_step(monkeypatch):
+    """Pass after pass over all prompts, each in an order of its own; the ranks' shares are one process's."""
+    rows, args = [dict(id=str(i)) for i in range(10)], SimpleNamespace(batch_size=4, seed=3)
+    steps = [train.prompts_of_step(rows, step, args) for step in range(10)]
+    places, ids = zip(*[(place, row["id"]) for step in steps for place, row in step])
+    assert list(places) == list(range(40))
+    passes = [ids[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(one) == sorted(str(i) for i in range(10)) for one in passes) and len(set(passes)) == 4
+    monkeypatch.setattr(train, "WORLD", 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(train, "RANK", rank)
+        shares += train.prompts_of_step(rows, 2, args)
+    assert sorted(shares, key=lambda share: share[0]) == steps[2]
+
+
+def test_a_rollout_keeps_the_tokens_and_grades_the_text():
+    """Seeds are a function of (seed, place, id); what was cut off earns nothing."""
+    tokenizer = tiny_tokenizer()
+    right = rewards.encode(tokenizer, "5+7=12;\\boxed{12}", False) + [0]
+    copies = [Completion(right, True, []), Completion(right[:-1], False, []), Completion(right[:5] + [0], True, [])]
+    rows = [dict(id="a", tokens=[2, 3], answer="12"), dict(id="b", tokens=[4], answer="13")]
+    sampler = mock.MagicMock()
+    sampler.generate.return_value = [copies, copies]
+    a_run = SimpleNamespace(args=SimpleNamespace(seed=7), sampler=sampler, policy="policy", tokenizer=tokenizer)
+    samples = train.rollout(a_run, [(40, rows[0]), (41, rows[1])], 3)
+    sampler.holding.assert_called_once_with("policy")
+    sampler.generate.assert_called_once_with([[2, 3], [4]], 3, [prompt_seed("7/40", "a"), prompt_seed("7/41", "b")])
+    assert [s.reward for s in samples] == [1, 0, 0, 0, 0, 0] and [s.place for s in samples] == [40] * 3 + [41] * 3
+    assert [s.completion for s in samples] == 2 * copies and samples[3].ids == [4, *right]
+    assert samples[0].response == samples[1].response == "5+7=12;\\boxed{12}"
+
+
+def test_dropout_is_off_and_recomputation_on():
+    policy = train.Policy(small_model(kind="GPT2").train(), recompute=True)
+    assert not any(m.training for m in policy.modules() if isinstance(m, torch.nn.Dropout))
+    _, ids, mask = next(train.microbatches(some_samples(4), some_args(), "cpu"))
+    one, two = (policy(input_ids=ids, mask=mask) for _ in range(2))
+    assert torch.equal(one, two) and len(policy.blocks) == 2 and all(block.training for block in policy.blocks)
+    with torch.no_grad():
+        policy(input_ids=ids, use_cache=True)
+    assert not any(block.training for block in policy.blocks)
+
+
+def test_memory_does_not_grow_with_vocabulary_times_batch(monkeypatch):
+    monkeypatch.setattr(train.Policy, "chunk", lambda *_: 16)
+    vocabulary, samples = 150_000, some_samples(64, vocabulary=150_000)
+    policy, objective = train.Policy(small_model(vocabulary)), train.APO(some_args())
+    a_run = run_of(objective, policy, policy, torch.optim.SGD(policy.parameters(), lr=1.0))
+    given = objective.given(a_run, samples)
+    with Largest() as largest:
+        train.update(a_run, samples, given)
+    embedding = vocabulary * 32  # its gradient is as large
+    assert sum(len(s.completion.tokens) for s in samples) * vocabulary > 10 * embedding  # full logits would be seen
+    assert largest.size <= max(embedding, 16 * vocabulary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: what it says is wrong
+
+
+def test_stale_weights_and_a_wrong_reference_are_noticed(capsys):
+    args = SimpleNamespace(dtype="float32")
+    good, seen = dict(log_ratio_abs=0.0, mismatch=1e-5, length=20.0), []
+    for step in range(5):
+        train.check_numbers(good, step, seen, args)
+    train.check_numbers({**good, "log_ratio_abs": 1.0}, 5, seen, args)  # only at step 0 it must be 0
+    ends_in_one_line(capsys, lambda: train.check_numbers({**good, "mismatch": 0.05}, 5, seen, args), "old weights")
+    ends_in_one_line(capsys, lambda: train.check_numbers({**good, "log_ratio_abs": 1.0}, 0, [], args), "agree",
+                     "0.05 per token")
+
+
+@pytest.mark.parametrize("dtype,noise,drift", [("float32", 1e-5, 1e-4), ("bfloat16", 0.01, 2e-3)])
+def test_an_engine_that_drifts_slowly_is_noticed(dtype, noise, drift, capsys):
+    """It never takes the new weights, so it is off by a little more each step. A bound that follows cannot see it."""
+    args, seen = SimpleNamespace(dtype=dtype), []
+
+    def steps():
+        for step in range(300):
+            train.check_numbers(dict(log_ratio_abs=0.0, length=20.0, mismatch=noise + drift * step), step, seen, args)
+
+    ends_in_one_line(capsys, steps, "old weights")
+
+
+ILL = {
+    "unsolved": lambda i: dict(unsolved=0.9, reward=0.02),
+    "still": lambda i: dict(log_ratio_abs=1e-4, kl=1e-5, reward=0.4),
+    "runaway": lambda i: dict(kl=0.5 * i),
+    "collapse": lambda i: dict(reward=0.6 if i < 30 else 0.2),
+    "cut off": lambda i: dict(finished=1.0 - i / 60, length=20.0 + 5 * i),
+    "no EOS": lambda i: dict(finished=0.01, reward=0.0),
+    "saturated": lambda i: dict(reward=0.99),
+}
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_illness_is_named(name):
+    args, remedies = some_args(), ("--", "harder")
+    found = train.diagnose([{**row, **ILL[name](i)} for i, row in enumerate(healthy())], args)
+    assert name in found and any(word in found[name] for word in remedies), found
+    assert set(found) <= {name, "collapse"}, found
+
+
+def test_health_is_not_remarked_upon():
+    rows = [dict(step=0, accuracy=0.4), *healthy()]
+    for count in range(len(rows)):
+        assert train.diagnose(rows[:count], some_args()) == {}
+
+
+@pytest.mark.parametrize("flag,words", [
+    ("--batch=25", ["unrecognized arguments: --batch=25"]),  # not taken for --batch_size
+    ("--n=4", ["unrecognized arguments: --n=4"]),
+    ("--clip=1", ["unrecognized arguments: --clip=1"]),
+    ("--algo=ppo", ["unrecognized arguments: --algo=ppo"]),
+    ("--group=4", ["unrecognized arguments: --group=4"]),
+    ("--passes=4", ["unrecognized arguments: --passes=4"]),
+    ("--plan=8xH100", ["unrecognized arguments: --plan=8xH100"]),
+    # V̂* holds for Stage 1's settings, so they cannot be changed here
+    ("--model=tiny/model", ["unrecognized arguments: --model=tiny/model"]),
+    ("--revision=main", ["unrecognized arguments: --revision=main"]),
+    ("--suffix=?", ["unrecognized arguments: --suffix=?"]),
+    ("--chat", ["unrecognized arguments: --chat"]),
+    ("--temperature=0.5", ["unrecognized arguments: --temperature=0.5"]),
+    ("--max_new_tokens=9", ["unrecognized arguments: --max_new_tokens=9"]),
+    ("--batch_size=0", ["--batch_size", "is too small"]),
+    ("--beta2=0", ["--beta2", "is too small"]),
+    ("--lr=-1", ["--lr", "is too small"]),
+    ("--minibatches=99", ["--minibatches 99", "--batch_size 25"]),
+    ("--dtype=float16", ["argument --dtype", "float16"]),
+    ("--recompute=maybe", ["argument --recompute", "maybe"]),
+    ("--wandb=x", ["--wandb", "not installed"]),
+    ("--vstar=nowhere.jsonl", ["nowhere.jsonl", "vstar.py"]),
+])
+def test_bad_flags_of_stage2(flag, words, tmp_path):
+    refused(inside(*stage2(tmp_path / "v.jsonl", tmp_path / "run", flag), check=False), *words)
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: Stage 2 as a whole
+
+
+@whole
+def test_stage2_files(trained):
+    out, done = trained
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "accuracy" in row] == [0, 2, 4, 6]
+    assert set(rows[1]) >= {"loss", "reward", "vstar", "advantage", "kl", "entropy", "length", "finished", "unsolved",
+                            "grad_norm", "mismatch", "lr"}
+    assert rows[1]["kl"] == 0 and rows[1]["log_ratio_abs"] == 0  # the same code on the same tokens: exactly
+    assert all(0 < row["mismatch"] < 1e-5 for row in rows[1:])  # and the sampler's own log-probs agree
+    assert rows[1]["loss"] == pytest.approx(rows[1]["advantage"] ** 2, abs=0.3) and rows[2]["log_ratio_abs"] > 0
+    assert rows[1]["advantage"] == pytest.approx(rows[1]["reward"] - rows[1]["vstar"]) and rows[1]["lr"] == 3e-4
+    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["00000004", "00000006"]
+    assert sorted(os.listdir(out)) == ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "model"]
+    assert (out / "curves.png").stat().st_size > 10_000
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    assert settings["algorithm"] == "apo" and settings["model"] == "tiny/model" and settings["stage1"]["samples"] == 8
+    for words in ("before  held-out accuracy", "after   held-out accuracy", "── step 3: ", "(95 %, 40 problems)"):
+        assert words in done.stdout
+
+
+@whole
+def test_final_model_is_the_trained_policy(trained):
+    """transformers loads it as it is, and it scores exactly what the last row says."""
+    out, rows = trained[0], metrics(trained[0])
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    assert model.dtype == torch.float32 and model.generation_config.eos_token_id == 0
+    problems = rewards.load_problems(str(HERE / "tiny/test.jsonl"))[:40]
+    prompts = [rewards.encode(tokenizer, p["question"], False) for p in problems]
+    seeds = [prompt_seed("0/held out", p["id"]) for p in problems]
+    completions = sampler_of(model.eval(), 64).generate(prompts, 1, seeds)
+    right = [rewards.reward(tokenizer.decode(copy.tokens, skip_special_tokens=True), p["answer"], copy.finished)
+             for p, (copy,) in zip(problems, completions)]
+    assert np.mean(right) == pytest.approx(rows[-1]["accuracy"])
+    assert rows[0]["accuracy"] != rows[-1]["accuracy"]
+
+
+@whole
+def test_stage2_killed_and_restarted(trained, all_rows, tmp_path):
+    """kill -9 at random moments and while a checkpoint is being written: the same bits in the end."""
+    out, rng = tmp_path / "run", random.Random(1)
+    for attempt in range(4):
+        process, saved = start(*stage2(all_rows, out)), set(out.glob("checkpoint/0*[0-9]"))
+        if attempt % 2:
+            wait_until(lambda: list(out.glob("checkpoint/*.tmp")), process)  # it is saving
+        else:
+            wait_until(lambda saved=saved: set(out.glob("checkpoint/0*[0-9]")) - saved, process)
+            time.sleep(rng.random() * 0.3)  # it has saved, and goes on for a moment
+        kill(process)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # and a torn line
+    inside(*stage2(all_rows, out))
+    assert metrics(out) == metrics(trained[0])
+    assert weights(out) == weights(trained[0])
+    assert not list(out.glob("**/*.tmp"))
+
+
+@whole
+def test_sigterm_saves_and_says_how_to_go_on(trained, all_rows, tmp_path):
+    out, command = tmp_path / "run", stage2(all_rows, tmp_path / "run", "--save_every=100")
+    process, path = start(*command, stdout=subprocess.PIPE), out / "metrics.jsonl"
+    wait_until(lambda: path.exists() and len(path.read_text()) > 1500, process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command goes on from here" in said, said
+    assert 1 <= len(list((out / "checkpoint").iterdir())) <= 2
+    inside(*command)
+    assert metrics(out) == metrics(trained[0]) and weights(out) == weights(trained[0])
+
+
+@whole
+def test_two_ranks_train_like_one(trained, all_rows, tmp_path):
+    """The same completions, and the same metrics but for rounding. 25 prompts: their shares differ."""
+    torchrun(2, *stage2(all_rows, tmp_path))
+    close(metrics(tmp_path), metrics(trained[0]))
+
+
+@long
+@pytest.mark.parametrize("counts", [(2, 1, 2), (4, 1, 2)])
+def test_checkpoints_between_one_two_and_four_ranks(counts, trained, all_rows, tmp_path):
+    for count, steps in zip(counts, (2, 4, 6)):
+        torchrun(count, *stage2(all_rows, tmp_path, f"--steps={steps}"))
+    close(metrics(tmp_path), metrics(trained[0]))
+
+
+@long
+def test_two_nodes_train_like_one(trained, all_rows, undisturbed, tmp_path):
+    """Both stages on two nodes; one dies in the middle of Stage 2, and the same commands go on to the same result."""
+    for node in nodes(2, 1, *stage1(tmp_path / "vstar.jsonl")):
+        assert node.wait(timeout=300) == 0
+    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
+    both = nodes(2, 1, *stage2(all_rows, tmp_path / "run"))
+    wait_until(lambda: (tmp_path / "run/checkpoint/00000002").exists(), *both)
+    ranks = descendants(both[0].pid) + descendants(both[1].pid)
+    kill(both[1])  # a node is gone; the other's agent gives up after five minutes, or a scheduler ends it
+    time.sleep(1)
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+    assert both[0].wait(timeout=60) != 0 and not (tmp_path / "run/model").exists()
+    for node in nodes(2, 1, *stage2(all_rows, tmp_path / "run")):
+        assert node.wait(timeout=300) == 0
+    close(metrics(tmp_path / "run"), metrics(trained[0]))
+
+
+@long
+def test_random_kills_over_both_stages(undisturbed, tmp_path):
+    """kill -9 at random moments (five; LONG=1: fifty); the same command, until it ends by itself: the same bits."""
+    rng, kills = random.Random(2), 50 if LONG else 5
+    rows = lambda name: tmp_path / name / "vstar.jsonl"
+    more = ["--steps=60", "--batch_size=64", "--eval_every=20", "--tokens_per_microbatch=8000"]
+    both = lambda name: " && ".join(shlex.join([sys.executable, *map(str, command)]) for command in (
+        stage1(rows(name)), stage2(rows(name), tmp_path / name / "run", *more)))
+    quiet = dict(shell=True, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(both("whole"), check=True, **quiet)
+    for _ in range(kills):
+        process = subprocess.Popen(both("killed"), start_new_session=True, **quiet)
+        time.sleep(rng.uniform(4, 12))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(both("killed"), check=True, **quiet)
+    assert rows("killed").read_bytes() == rows("whole").read_bytes() == undisturbed[0].read_bytes()
+    one, other = (tmp_path / name / "run" for name in ("killed", "whole"))
+    assert metrics(one) == metrics(other) and weights(one) == weights(other)
+
+
+@long
+def test_a_long_run_stays_as_small_as_it_began(all_rows, tmp_path):
+    """Memory and open files from outside, over 80 steps (LONG=1: a thousand)."""
+    process = start(*stage2(all_rows, tmp_path, f"--steps={1000 if LONG else 80}", "--batch_size=64",
+                            "--tokens_per_microbatch=8000", "--eval_every=1000", "--save_every=20"))
+    resident, files, path = [], [], tmp_path / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_text().count("\n") > 10:  # it has begun
+            try:
+                resident.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]))
+                files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+            except OSError:
+                break  # it has just ended
+        time.sleep(0.1)
+    assert process.wait() == 0 and len(resident) > 20
+    fifth = len(resident) // 5
+    assert np.median(resident[-fifth:]) < 1.1 * np.median(resident[fifth : 2 * fifth])
+    assert np.median(files[-fifth:]) <= np.median(files[2 * fifth : 3 * fifth])  # the first save opens some for good
+    seconds = [sum(row["seconds"][key] for key in ("sampling", "reference", "update")) / row["length"]
+               for row in read_jsonl(path) if row["step"]]
+    fifth = len(seconds) // 5
+    print("seconds a token, last fifth over second:",
+          np.median(seconds[-fifth:]) / np.median(seconds[fifth : 2 * fifth]))  # pytest -s
+
+
+@whole
+def test_broken_files_each_end_in_one_line(trained, all_rows, tmp_path):
+    """A broken line, a torn checkpoint, half a model, a read-only folder: one clear line, and nothing is lost."""
+    lines = all_rows.read_text().splitlines()
+    broken = copy_rows(all_rows, tmp_path / "vstar.jsonl", [*lines[:500], lines[500][:40], *lines[501:]])
+    refused(inside(*stage2(broken, tmp_path / "r"), check=False), "vstar.jsonl", "line 501")
+
+    out = shutil.copytree(trained[0], tmp_path / "torn")
+    for shard in (out / "checkpoint/00000006").glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:1000])
+    refused(inside(*stage2(all_rows, out, "--steps=8"), check=False), "00000006", "cannot be read", alone=False)
+    assert (out / "checkpoint/00000004").is_dir()
+
+    out = shutil.copytree(trained[0], tmp_path / "metrics")
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join([*rows[:3], "\x00" * 9, *rows[4:]]) + "\n")
+    assert "line 4: not readable" in inside(*stage2(all_rows, out)).stdout
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 4, 5, 6]  # one is lost, and no other
+
+    model = shutil.copytree(HERE / "tiny/model", tmp_path / "model")
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
+    refused(inside(*stage1(tmp_path / "m.jsonl", f"--model={model}"), check=False), str(model), alone=False)
+    refused(run(*stage2(all_rows, "/proc/out"), check=False), "/proc/out")  # nobody may write there
+
+    parts = tmp_path / "p.parts"
+    process = start(*stage1(tmp_path / "p.jsonl"))
+    wait_until(lambda: len(list(parts.glob("*.jsonl"))) >= 2, process)
+    kill(process)
+    (parts / "000000.jsonl").write_text("{}")
+    refused(inside(*stage1(tmp_path / "p.jsonl"), check=False), "000000.jsonl", "remove it", alone=False)
+    (parts / "000000.jsonl").unlink()
+    inside(*stage1(tmp_path / "p.jsonl"))
+
+
+@whole
+def test_extending_a_run_is_one_long_run(trained, all_rows, tmp_path):
+    inside(*stage2(all_rows, tmp_path, "--steps=4"))
+    inside(*stage2(all_rows, tmp_path, "--eval_every=2"))
+    assert weights(tmp_path) == weights(trained[0])
+
+
+@whole
+@pytest.mark.parametrize("more,words", [
+    (["--lr=1e-3", "--beta2=0.5"], ["--lr (was 0.0003, now 0.001)", "--beta2 (was 0.1, now 0.5)", "--overwrite"]),
+    (["--beta1=2"], ["--beta1 (was 0.5, now 2.0)"]),
+    (["--samples=4"], ["--samples (was 8, now 4)"]),
+    (["--samples=9"], ["--samples 9", "8"]),
+    (["--eval_data=nowhere.jsonl"], ["nowhere.jsonl"]),
+])
+def test_stage2_refuses(more, words, trained, all_rows):
+    refused(inside(*stage2(all_rows, trained[0], *more), check=False), *words)
+
+
+@whole
+def test_full_disk_keeps_the_last_checkpoint(trained, all_rows, tmp_path):
+    """No file may grow beyond 300 KB: metrics fit, a checkpoint does not."""
+    inside(*stage2(all_rows, tmp_path, "--steps=2"))
+    with full_disk(kilobytes=300):
+        done = inside(*stage2(all_rows, tmp_path), check=False)
+    refused(done, f"cannot write {tmp_path}/checkpoint/00000004", "disk", alone=False)
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["00000002"]
+    inside(*stage2(all_rows, tmp_path))
+    assert metrics(tmp_path) == metrics(trained[0]) and weights(tmp_path) == weights(trained[0])
+
+
+@whole
+def test_numbers_that_are_not_finite_stop_the_run(all_rows, tmp_path):
+    rows = read_jsonl(all_rows)[:24]
+    rows[5]["rewards"] = [math.nan] * 8
+    path = copy_rows(all_rows, tmp_path / "v.jsonl", map(json.dumps, rows))
+    done = inside(*stage2(path, tmp_path / "run"), check=False)
+    refused(done, f"error: the loss of {rows[5]['id']} is not finite", alone=False)
+
+
+@whole
+def test_beta1_and_samples_are_recomputed_from_the_rewards(all_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "argv", stage2(all_rows, tmp_path, "--beta1=2", "--samples=4", "--filter_unsolved"))
+    args = train.parse_args(train.APO)
+    rows, settings = train.read_stage1(args)
+    assert 600 < len(rows) < 1024 and settings["samples"] == 8 and args.model == "tiny/model"
+    for row in rows:
+        assert any(row["rewards"][:4]) and len(row["rewards"]) == 4
+        assert row["vstar"] == pytest.approx(2 * math.log(np.mean(np.exp(np.array(row["rewards"][:4]) / 2))))
+
+
+def learns(command, out):
+    """From less than half right to more than 80 %, by writing the steps."""
+    inside(*command, "--batch_size=128", "--eval_limit=256", "--eval_every=25", "--warmup=5", "--save_every=99",
+           "--decode_rows=1024", "--tokens_per_microbatch=16384")
+    rows = metrics(out)
+    assert rows[0]["accuracy"] < 0.5 and rows[-1]["accuracy"] > 0.8
+    assert rows[-1]["length"] > 1.5 * rows[1]["length"]  # it has found out that writing the steps pays
+    return rows
+
+
+@whole
+def test_it_learns(all_rows, tmp_path):
+    rows = learns(stage2(all_rows, tmp_path, "--steps=25"), tmp_path)
+    assert train.diagnose(rows, some_args()) == {}
+
+
+@whole
+def test_wandb_gets_every_row(all_rows, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(
+        "def init(project, config):\n    print('project', project, config['beta2'])\n"
+        "def log(row, step):\n    print('logged', step, row['step'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    done = inside(*stage2(all_rows, tmp_path / "run", "--wandb=mine", "--steps=2"))
+    monkeypatch.delitem(sys.modules, "wandb")
+    assert [line for line in done.stdout.splitlines() if line.startswith(("project", "logged"))] == [
+        "project mine 0.1", "logged 0 0", "logged 1 1", "logged 2 2"]
+
+
+@whole
+def test_minibatches_and_bf16(all_rows, tmp_path):
+    """fp32 masters with bf16 compute, FSDP's code on a mesh of one, two optimizer steps per batch."""
+    inside(*stage2(all_rows, tmp_path, "--dtype=bfloat16", "--minibatches=2", "--steps=3", "--recompute=yes"))
+    rows = metrics(tmp_path)
+    assert rows[1]["log_ratio_abs"] == 0 and rows[2]["log_ratio_abs"] > 0 and 1e-6 < rows[1]["mismatch"] < 0.01
+    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    reference = tiny_model().state_dict()
+    moved = {name: (state[name] - reference[name]).abs().max().item() for name in state}
+    assert all(0 < change < 1e-2 for change in moved.values()), moved  # smaller than a bf16 step, and not lost
+
+
+@whole
+@pytest.mark.parametrize("kind,ranks", [("Llama", 1), pytest.param("GPT2", 2, marks=pytest.mark.long)])
+def test_other_architectures_end_to_end(kind, ranks, tmp_path):
+    command = inside if ranks == 1 else lambda *flags: torchrun(ranks, *flags)
+    small_model(vocabulary=19, kind=kind).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "vstar.jsonl"
+    command(*stage1(path, f"--model={tmp_path}/model", "--limit=16", "--max_new_tokens=20"))
+    # a random model is never right; say it was, so that there is something to learn
+    path.write_text(path.read_text().replace('"rewards": [0.0, 0.0]', '"rewards": [1.0, 0.0]'))
+    command(*stage2(path, tmp_path / "run", "--steps=2", "--batch_size=8", "--eval_limit=8"))
+    rows = metrics(tmp_path / "run")
+    assert rows[1]["log_ratio_abs"] == 0 and rows[2]["log_ratio_abs"] > 0 and rows[1]["mismatch"] < 1e-4
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rewards.py: verdicts
 
 RIGHT = [
-    (r"\boxed{72}", "72"), ("so #### 1,000", "1000"), ("####72", "72"), ("#### $72.00", "72"), ("####  72.", "72"),
-    (r"\boxed{1,234,567}", "1234567"), (r"\boxed{-1,234.50}", "-1234.5"), (r"\boxed{033}", "33"), (r"\boxed{+7}", "7"),
-    (r"\boxed{\frac{1}{2}}", "0.5"), (r"\boxed{\dfrac{1}{2}}", r"\frac12".replace("12", "{1}{2}")), (r"\boxed{1/2}", ".5"),
-    (r"\boxed{-\frac{3}{4}}", "-0.75"), (r"\boxed{\$18}", "18"), (r"\boxed{50\%}", "50"), (r"\boxed{50%}", "50"),
-    (r"\boxed{\text{Tuesday}}", "Tuesday"), (r"\boxed{ yes }", "Yes"), (r"\boxed{3.}", "3"), (r"\boxed{x^{2}}", "x^{2}"),
-    (r"first \boxed{5}, no: \boxed{6}", "6"), (r"\boxed{5} and \boxed{6", "5"), (r"\boxed{5} #### 6", "6"),
-    (r"#### 6 so \boxed{5}", "5"), (r"<think>\boxed{1}</think> \boxed{2}", "2"), ("#### 7\nbecause", "7"),
-    (r"{\boxed{\{1\}}", r"\{1\}"), (r"\boxed {5}", "5"), (r"\boxed{\left(1,2\right)}", "(1, 2)"),
+    # where the answer stands
+    (r"\boxed{72}", "72"),
+    ("so #### 1,000", "1000"),
+    ("####72", "72"),
+    ("####  72.", "72"),
+    (r"\boxed {5}", "5"),  # one token without braces, of braces too
+    (r"first \boxed{5}, no: \boxed{6}", "6"),  # the last box counts
+    (r"\boxed{5} and \boxed{6", "5"),  # a box that is left open is none
+    (r"\boxed{5} #### 6", "6"),  # whichever comes later
+    (r"#### 6 so \boxed{5}", "5"),
+    (r"<think>\boxed{1}</think> \boxed{2}", "2"),  # after the thinking
+    ("#### 7\nbecause", "7"),
+    (r"{\boxed{\{1\}}", r"\{1\}"),  # an escaped brace opens nothing
+    # numbers
+    ("#### $72.00", "72"),
+    (r"\boxed{1,234,567}", "1234567"),
+    (r"\boxed{-1,234.50}", "-1234.5"),
+    (r"\boxed{033}", "33"),
+    (r"\boxed{+7}", "7"),
+    (r"\boxed{1/2}", ".5"),
+    (r"\boxed{3.}", "3"),
+    # fractions
+    (r"\boxed{\frac{1}{2}}", "0.5"),
+    (r"\boxed{\dfrac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{-\frac{3}{4}}", "-0.75"),
+    # signs and units
+    (r"\boxed{\$18}", "18"),
+    (r"\boxed{50\%}", "50"),
+    (r"\boxed{50%}", "50"),
+    # words, letters, pairs
+    (r"\boxed{\text{Tuesday}}", "Tuesday"),
+    (r"\boxed{ yes }", "Yes"),
+    (r"\boxed{x^{2}}", "x^{2}"),
+    (r"\boxed{\left(1,2\right)}", "(1, 2)"),
 ]
 WRONG = [
-    ("72", "72"), ("the answer is 72", "72"), (r"\boxed{}", "0"), (r"\boxed{73}", "72"), (r"\boxed{-72}", "72"),
-    (r"\boxed{6} then \boxed{5}", "6"), (r"\boxed{(1,234)}", "1234"), (r"\boxed{1,23}", "123"), (r"\boxed{1,2345}", "12345"),
-    (r"\boxed{0.333}", r"\frac{1}{3}"), (r"\boxed{\frac{1}{0}}", "0"), (r"\boxed{5 or 6}", "5"), (r"\boxed{72", "72"),
-    (r"\boxed{72}</think>", "72"), ("####", "0"), (r"\boxed{\text{Monday}}", "Tuesday"), (r"\boxed{1/2}", "12"),
+    # no answer where one is looked for
+    ("72", "72"),
+    ("the answer is 72", "72"),  # 'any number in the text' would pay a policy for babbling
+    (r"\boxed{}", "0"),
+    (r"\boxed{72", "72"),  # never closed
+    (r"\boxed{72}</think>", "72"),  # still within the thinking
+    ("####", "0"),
+    # another answer
+    (r"\boxed{73}", "72"),
+    (r"\boxed{-72}", "72"),
+    (r"\boxed{6} then \boxed{5}", "6"),  # the last box counts
+    (r"\boxed{0.333}", r"\frac{1}{3}"),  # too few digits
+    (r"\boxed{1/2}", "12"),
+    (r"\boxed{\text{Monday}}", "Tuesday"),
+    (r"\boxed{5 or 6}", "5"),  # two answers are not one
+    # not what it looks like
+    (r"\boxed{(1,234)}", "1234"),  # a pair, not a number
+    (r"\boxed{1,23}", "123"),  # commas part thousands, so groups of three
+    (r"\boxed{1,2345}", "12345"),
+    (r"\boxed{\frac{1}{0}}", "0"),  # no number at all
 ]
 
 
@@ -148,92 +1644,351 @@ def test_reward():
 
 
 EQUAL = [  # both ways round
-    (r"\dfrac12", "1/2"), (r"\frac12", "0.5"), (r"\tfrac{1}{2}", r"\frac 12"), (r"1\frac12", "1.5"),
-    (r"1\frac{1}{2}", r"\frac32"), ("1,234", "1234"), (r"\sqrt2", r"\sqrt{2}"), (r"\sqrt[3]{x}", "x^{1/3}"),
-    (r"2\sqrt{3}", r"\sqrt{12}"), (r"\pi/2", r"\frac{\pi}{2}"), ("e^{2}", "e^2"), ("3+2i", "2i+3"), (r"\ln 4", r"2\ln 2"),
-    (r"\log_2 8", "3"), (r"\sin \frac{\pi}{6}", "1/2"), ("5!", "120"), (r"\binom{5}{2}", "10"), ("(x+1)^2", "x^2+2x+1"),
-    (r"\frac{x^2-1}{x-1}", "x+1"), ("2x+y=3", "3=y+2x"), ("4x+2y=6", "y+2x=3"), ("x=5", "5"), ("x = 5", "x=5"),
-    (r"1\pm\sqrt5", r"1+\sqrt5,1-\sqrt5"), (r"\{1,2,3\}", r"\{3,2,1\}"), ("1,2", "2,1"), (r"\{1,2\}", "1,2"),
-    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"), ("x>5", r"(5,\infty)"), (r"-1<x\le 3", "(-1,3]"),
-    (r"x \in [1,2]", "[1,2]"), ("(1, 2)", "(1,2)"),
+    # fractions and mixed numbers
+    (r"\dfrac12", "1/2"),
+    (r"\frac12", "0.5"),
+    (r"\tfrac{1}{2}", r"\frac 12"),
+    (r"\dfrac{ 3 }{ 4 }", "0.75"),
+    (r"\tfrac34", "3/4"),
+    (r"\frac{-1}{1997}", r"-\frac{1}{1997}"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"-\frac{1}{2}", r"\frac{1}{-2}"),
+    (r"1\frac{1}{2}", r"\frac32"),
+    (r"1\frac12", "1.5"),
+    (r"-1\frac12", "-1.5"),
+    ("3 1/2", "7/2"),
+    (r"2\frac{1}{3}", "7/3"),
+    ("-1./3", "-1/3"),
+    # numbers: signs, zeros, thousands, powers of ten
+    ("+5", "5"),
+    ("5.0", "5"),
+    ("5.", "5"),
+    ("033", "33"),
+    ("007", "7"),
+    ("1,234", "1234"),
+    ("1{,}234", "1234"),
+    (r"1\,000", "1000"),
+    ("1,000,000", "1000000"),
+    (r"11,\! 111,\! 111,\! 100", "11111111100"),
+    ("8.7e8", r"8.7\times10^8"),
+    (r"8.7 \cdot 10^{8}", "870000000"),
+    ("1.5e3", "1500"),
+    (r"6.02\times 10^{23}", "6.02e23"),
+    # decimals: four significant digits are enough, rounded
+    ("0.3333", "1/3"),
+    ("1.4142", r"\sqrt{2}"),
+    ("0.1667", "1/6"),
+    ("1.732", r"\sqrt3"),
+    (r"2\pi", "6.283"),
+    ("e", "2.718"),
+    # roots and powers
+    (r"\sqrt2", r"\sqrt{2}"),
+    (r"\sqrt[3]{x}", "x^{1/3}"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"\frac{2}{\sqrt2}", r"\sqrt2"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt3}"),
+    ("sqrt(2)/2", r"\frac{1}{\sqrt{2}}"),
+    (r"2+\sqrt[3]{4}", r"\sqrt[3]{4}+2"),
+    ("e^{2}", "e^2"),
+    ("2^{10}", "1024"),
+    ("2^{1009}", r"2\cdot2^{1008}"),
+    ("4^{3/2}", "8"),
+    (r"\sqrt[3]{8}", "2"),
+    ("27^{1/3}", "3"),
+    ("|-5|", "5"),
+    (r"\frac{1+\sqrt{5}}{2}", r"\frac{\sqrt5+1}{2}"),
+    # constants and functions
+    (r"\pi/2", r"\frac{\pi}{2}"),
+    (r"\frac{3}{4}\pi", r"\frac{3\pi}{4}"),
+    (r"\frac{\pi}{2}+2\pi k", r"2\pi k+\frac{\pi}{2}"),
+    (r"2 \pi r", r"2\pi r"),
+    (r"e^{i\pi}", "-1"),
+    (r"\ln 4", r"2\ln 2"),
+    (r"\log_2 8", "3"),
+    (r"\log_{10} 100", "2"),
+    (r"\ln e", "1"),
+    (r"\sin \frac{\pi}{6}", "1/2"),
+    (r"\cos\frac{\pi}{3}", r"\frac12"),
+    (r"\tan(\pi/4)", "1"),
+    (r"\cos^{-1} \frac{1}{2}", r"\arccos(1/2)"),
+    (r"\sin(2x)", r"2\sin x\cos x"),
+    (r"\sin^2 x+\cos^2 x", r"1*(\sin^2 x+\cos^2 x)"),
+    ("5!", "120"),
+    (r"\binom{5}{2}", "10"),
+    ("10!/(8!2!)", "45"),
+    ("1/2004!", "1/2004!"),  # too large to multiply out: compared as text
+    # polynomials and letters
+    ("(x+1)^2", "x^2+2x+1"),
+    (r"\frac{x^2-1}{x-1}", "x+1"),
+    ("(x-1)(x+1)", "x^2-1"),
+    ("a^2+2ab+b^2", "(a+b)^2"),
+    (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"),
+    ("n(n+1)/2", r"\frac{n^2+n}{2}"),
+    (r"\frac{1}{2}x", "x/2"),
+    ("x^{2}y", "yx^2"),
+    (r"x^2 \, + 1", "1+x^2"),
+    ("a_1+a_2", "a_{2}+a_{1}"),
+    ("|x|", "|x|"),
+    (r"\lfloor x \rfloor", r"\lfloor x\rfloor"),
+    # products and quotients
+    (r"5\cdot 3", "15"),
+    (r"5\times3", "15"),
+    ("5*3", "15"),
+    ("6/3", "2"),
+    (r"6\div3", "2"),
+    # complex numbers
+    ("3+2i", "2i+3"),
+    ("3i+4", "4+3i"),
+    ("1 + 2i, 1 - 2i", r"1 \pm 2i"),
+    (r"0,\pm i\sqrt6", r"0, i\sqrt{6}, -i\sqrt{6}"),
+    # equations: each side, all of it times a number
+    ("2x+y=3", "3=y+2x"),
+    ("x+y=5", "5=x+y"),
+    ("4x+2y=6", "y+2x=3"),
+    (r"\frac{x}{2}+\frac{y}{3}=1", "3x+2y=6"),
+    ("y=2x+3", "2x-y+3=0"),
+    # 'x = 5' answers with 5
+    ("x=5", "5"),
+    ("x = 5", "x=5"),
+    ("p = 7", "7"),
+    ("f(x)=2x+1", "2x+1"),
+    ("y = -2x", "-2x"),
+    ("P(x)=x^2", "x^2"),
+    ("f(x) = 3x+1, g(x)=2", "g(x)=2, f(x)=3x+1"),
+    ("a_{n}=2^n", "2^n"),
+    ("a_n=2^n", "a_{n} = 2^{n}"),
+    (r"\theta=\frac{\pi}{4}", r"\frac{\pi}{4}"),
+    ("(x,y)=(1,2)", "(1,2)"),
+    ("x_1=1, x_2=2", "x_1=1,x_2=2"),
+    ("x=2,y=3", "y=3, x=2"),
+    # ± is two values
+    (r"\pm 2", "2,-2"),
+    (r"x=\pm2", "-2,2"),
+    (r"1\pm\sqrt5", r"1+\sqrt5,1-\sqrt5"),
+    (r"\frac{-b\pm\sqrt{b^2-4c}}{2}", r"-\frac{b}{2}\pm\frac{\sqrt{b^2-4c}}{2}"),
+    # lists and sets have no order
+    (r"\{1,2,3\}", r"\{3,2,1\}"),
+    ("1,2", "2,1"),
+    (r"\{1,2\}", "1,2"),
+    (r"\left\{ 1, 2 \right\}", r"\{2,1\}"),
+    (r"\{(1,2),(3,4)\}", "(3,4),(1,2)"),
+    ("(3,2),(-3,2)", "(-3,2),(3,2)"),
+    (r"\{ \}", r"\emptyset"),
+    (r"5 \text{ or } 6", "5,6"),
+    (r"x=1 \text{ or } x=2", "1,2"),
+    (r"13 \text{ and } 7", "7,13"),
+    # pairs, vectors, matrices have one
+    ("(1, 2)", "(1,2)"),
+    ("(1,2,3)", "( 1, 2, 3 )"),
+    (r"\left(1,2\right)", "(1,2)"),
+    (r"\langle 1,2\rangle", r"\langle 1, 2 \rangle"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), (r"50\%", "50"), (r"50\%", r"\frac12"),
-    (r"5\text{ cm}", "5"), ("5 cm", "5"), (r"5\text{ cm}", r"5 \mathrm{~cm}"), (r"90^\circ", "90"),
-    (r"90^{\circ}", r"90^\circ"), (r"\$18", "18"), ("$18$", "18"), (r"\text{Tuesday}", "Tuesday"), ("(C)", "C"),
-    (r"\text{(B)}", "B"), (r"\text{(B)}", "(B)"), (r"\text{B}", "B"), ("yes", "Yes"), ("1011_2", "1011_{2}"),
-    ("8.7e8", r"8.7\times10^8"), (r"8.7 \cdot 10^{8}", "870000000"), (r"\boxed{5}", "5"), (r"\left(1,2\right)", "(1,2)"),
-    (r"x^2 \, + 1", "1+x^2"), (r"\(5\)", "5"), ("5.", "5"), ("−5", "-5"), ("３", "3"), ("2×3", "6"), ("√2", r"\sqrt{2}"),
-    ("π", r"\pi"), ("033", "33"), ("0.3333", "1/3"), ("1.4142", r"\sqrt{2}"), ("f(x)=2x+1", "2x+1"), ("y = -2x", "-2x"),
-    (r"5 \text{ or } 6", "5,6"), (r"x=1 \text{ or } x=2", "1,2"), (r"11,\! 111,\! 111,\! 100", "11111111100"),
-    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"), (r"\sin^2 x+\cos^2 x", r"1*(\sin^2 x+\cos^2 x)"),
-    ("2^{1009}", r"2\cdot2^{1008}"), (r"\frac{-1}{1997}", r"-\frac{1}{1997}"), ("(3,2),(-3,2)", "(-3,2),(3,2)"),
-    (r"\pm 2", "2,-2"), (r"x=\pm2", "-2,2"), ("1/2004!", "1/2004!"), (r"10\%", "0.1"), (r"\frac{1}{2}x", "x/2"),
-    (r"0,\pm i\sqrt6", r"0, i\sqrt{6}, -i\sqrt{6}"), ("|x|", "|x|"), (r"\text{5}", "5"), (r"5\text{ cm}^2", "5"),
-    ("12 square units", "12"), (r"\mathbb{R}", r"\mathbb{R}"), ("-1./3", "-1/3"), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt3}"),
-    ("3:45", "3:45"), (r"\{x \mid x>1\}", r"\{x \mid x > 1\}"), (r"10\sqrt{2}\text{ cm}", r"10\sqrt2"), (r"2 \pi r", r"2\pi r"),
-    (r"18.8^{\circ}", "18.8"), ("a_1+a_2", "a_{2}+a_{1}"), (r"\cos^{-1} \frac{1}{2}", r"\arccos(1/2)"),
-    (r"13 \text{ and } 7", "7,13"), ("(2, 3]", "(2,3]"), (r"\tan(\pi/4)", "1"), ("3 1/2", "7/2"), ("4^{3/2}", "8"),
-    (r"x \ge 2", r"[2,\infty)"), ("2<x", "x>2"), ("2<=x<3", r"2 \leq x < 3"), ("sqrt(2)/2", r"\frac{1}{\sqrt{2}}"),
-    ("8 feet", "8"), (r"6\text{ inches}", "6"), (r"2+\sqrt[3]{4}", r"\sqrt[3]{4}+2"),
+    (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\begin{array}{c}1\\2\end{array}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    # intervals and inequalities
+    (r"\left[0,1\right]", "[0,1]"),
+    ("(2, 3]", "(2,3]"),
+    ("x>5", r"(5,\infty)"),
+    (r"x \ge 2", r"[2,\infty)"),
+    ("2<x", "x>2"),
+    (r"-1<x\le 3", "(-1,3]"),
+    (r"0\le x<1", "[0,1)"),
+    ("2<=x<3", r"2 \leq x < 3"),
+    (r"x\in(0,1)", "0<x<1"),
+    (r"x \in [1,2]", "[1,2]"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
     (r"(-\infty, -3] \cup [3, \infty)", r"[3,\infty)\cup(-\infty,-3]"),
-    (r"x \le -3 \text{ or } x \ge 3", r"(-\infty,-3]\cup[3,\infty)"), (r"\frac{x}{2}+\frac{y}{3}=1", "3x+2y=6"),
-    ("y=2x+3", "2x-y+3=0"), (r"\left\{ 1, 2 \right\}", r"\{2,1\}"), (r"\{ \}", r"\emptyset"), ("2^{10}", "1024"),
-    ("10!/(8!2!)", "45"), (r"\frac{1+\sqrt{5}}{2}", r"\frac{\sqrt5+1}{2}"), (r"\sqrt{8}", r"2\sqrt{2}"),
-    (r"\frac{2}{\sqrt2}", r"\sqrt2"), ("(x-1)(x+1)", "x^2-1"), ("a^2+2ab+b^2", "(a+b)^2"),
-    (r"\frac{1}{x}+\frac{1}{y}", r"\frac{x+y}{xy}"), (r"\frac{3}{4}\pi", r"\frac{3\pi}{4}"), ("3i+4", "4+3i"),
-    (r"e^{i\pi}", "-1"), (r"\cos\frac{\pi}{3}", r"\frac12"), (r"\sin(2x)", r"2\sin x\cos x"), (r"\log_{10} 100", "2"),
-    (r"\ln e", "1"), ("1.5e3", "1500"), (r"6.02\times 10^{23}", "6.02e23"), (r"12\%", "12%"), (r"12 \text{ percent}", "12"),
-    (r"60 \text{ degrees}", r"60^\circ"), (r"\$1,000", "1000"), ("1,000,000", "1000000"), (r"3\text{ m}^2", "3"),
-    ("p = 7", "7"), ("P(x)=x^2", "x^2"), ("f(x) = 3x+1, g(x)=2", "g(x)=2, f(x)=3x+1"), ("(1,2,3)", "( 1, 2, 3 )"),
-    (r"\langle 1,2\rangle", r"\langle 1, 2 \rangle"), (r"\begin{array}{c}1\\2\end{array}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-    (r"\frac{\pi}{2}+2\pi k", r"2\pi k+\frac{\pi}{2}"), ("n(n+1)/2", r"\frac{n^2+n}{2}"), (r"\mathrm{C}", "C"),
-    (r"\textbf{(A)}", "A"), (r"(\text{A})", "A"), ("A.", "A"), ("true", "True"), (r"\text{Yes}", "yes"),
-    (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"-\frac{1}{2}", r"\frac{1}{-2}"), ("+5", "5"), ("5.0", "5"), ("007", "7"),
-    ("x_1=1, x_2=2", "x_1=1,x_2=2"), (r"\sqrt[3]{8}", "2"), ("27^{1/3}", "3"), ("|-5|", "5"), (r"5\cdot 3", "15"),
-    (r"5\times3", "15"), ("5*3", "15"), ("6/3", "2"), (r"6\div3", "2"), ("x^{2}y", "yx^2"), (r"\left[0,1\right]", "[0,1]"),
-    (r"0\le x<1", "[0,1)"), (r"x\in(0,1)", "0<x<1"), ("(x,y)=(1,2)", "(1,2)"), (r"\boxed{\frac{1}{2}}", "0.5"),
-    ("0.1667", "1/6"), ("1.732", r"\sqrt3"), (r"\infty", r"\infty"), (r"+\infty", r"\infty"), (r"-\infty", r"-\infty"),
-    (r"10 \text{ hours}", "10 hours"), ("10 hr", "10 hours"), (r"\{(1,2),(3,4)\}", "(3,4),(1,2)"),
-    ("1 + 2i, 1 - 2i", r"1 \pm 2i"), (r"\frac{-b\pm\sqrt{b^2-4c}}{2}", r"-\frac{b}{2}\pm\frac{\sqrt{b^2-4c}}{2}"),
-    ("3:2", "3 : 2"), (r"2\frac{1}{3}", "7/3"), (r"-1\frac12", "-1.5"), (r"2\pi", "6.283"), ("x=2,y=3", "y=3, x=2"),
-    (r"5\,\mathrm{cm}", "5cm"), (r"45\text{ }^\circ", "45"), ("1{,}234", "1234"), (r"1\,000", "1000"),
-    (r"\dfrac{ 3 }{ 4 }", "0.75"), (r"\tfrac34", "3/4"), ("x+y=5", "5=x+y"), (r"\lfloor x \rfloor", r"\lfloor x\rfloor"),
-    (r"\overline{AB}", r"\overline{AB}"), ("a_{n}=2^n", "2^n"), ("a_n=2^n", "a_{n} = 2^{n}"),
-    (r"\theta=\frac{\pi}{4}", r"\frac{\pi}{4}"), ("２+３", "5"), ("½", "0.5"), ("2½", "2.5"), ("90°", "90"), ("x²+1", "x^2+1"),
-    ("5%", r"5\%"), (r"\{x|x>2\}", r"\{x | x>2\}"), ("e", "2.718"),
+    (r"x \le -3 \text{ or } x \ge 3", r"(-\infty,-3]\cup[3,\infty)"),
+    (r"\infty", r"\infty"),
+    (r"+\infty", r"\infty"),
+    (r"-\infty", r"-\infty"),
+    # units: one side may leave them out
+    (r"5\text{ cm}", "5"),
+    ("5 cm", "5"),
+    (r"5\text{ cm}", r"5 \mathrm{~cm}"),
+    (r"5\,\mathrm{cm}", "5cm"),
+    (r"10\sqrt{2}\text{ cm}", r"10\sqrt2"),
+    ("8 feet", "8"),
+    (r"6\text{ inches}", "6"),
+    (r"5\text{ cm}^2", "5"),  # squared, too
+    (r"3\text{ m}^2", "3"),
+    ("12 square units", "12"),
+    (r"10 \text{ hours}", "10 hours"),
+    ("10 hr", "10 hours"),
+    (r"90^\circ", "90"),
+    (r"90^{\circ}", r"90^\circ"),
+    (r"18.8^{\circ}", "18.8"),
+    (r"45\text{ }^\circ", "45"),
+    (r"60 \text{ degrees}", r"60^\circ"),
+    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
+    # percent: 50, or a half where the sign stands
+    (r"50\%", "50"),
+    (r"50\%", r"\frac12"),
+    (r"10\%", "0.1"),
+    ("5%", r"5\%"),
+    (r"12\%", "12%"),
+    (r"12 \text{ percent}", "12"),
+    # money and dollar signs
+    (r"\$18", "18"),
+    (r"\$1,000", "1000"),
+    ("$18$", "18"),
+    (r"\(5\)", "5"),
+    (r"\boxed{5}", "5"),
+    (r"\boxed{\frac{1}{2}}", "0.5"),
+    # words and choices
+    (r"\text{Tuesday}", "Tuesday"),
+    ("yes", "Yes"),
+    (r"\text{Yes}", "yes"),
+    ("true", "True"),
+    (r"\mathrm{C}", "C"),
+    ("(C)", "C"),
+    (r"\text{(B)}", "B"),
+    (r"\text{(B)}", "(B)"),
+    (r"\text{B}", "B"),
+    (r"\textbf{(A)}", "A"),
+    (r"(\text{A})", "A"),
+    ("A.", "A"),
+    (r"\text{5}", "5"),
+    # notation that is compared as text
+    (r"\mathbb{R}", r"\mathbb{R}"),
+    (r"\overline{AB}", r"\overline{AB}"),
+    ("3:45", "3:45"),
+    ("3:2", "3 : 2"),
+    (r"\{x \mid x>1\}", r"\{x \mid x > 1\}"),
+    (r"\{x|x>2\}", r"\{x | x>2\}"),
+    ("1011_2", "1011_{2}"),
+    # unicode
+    ("−5", "-5"),
+    ("３", "3"),
+    ("２+３", "5"),
+    ("2×3", "6"),
+    ("√2", r"\sqrt{2}"),
+    ("π", r"\pi"),
+    ("½", "0.5"),
+    ("2½", "2.5"),
+    ("90°", "90"),
+    ("x²+1", "x^2+1"),
 ]
 DIFFERENT = [  # both ways round
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrx}"),
-    ("0.33", "1/3"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2]", "(1,2)"), ("-5", "5"), ("2", r"\pm2"), ("1", "1,2"),
-    ("5 cm", "5 m"), (r"5\text{ cm}", r"5\text{ m}"), ("(1,234)", "1234"), ("1,23", "123"), (r"5 \text{ or } 6", "5"),
-    (r"5 \text{ or } 6", "6"), (r"\neq 5", "5"), (r"x \neq 5", "5"), ("1011_2", "1011"), ("1011_2", "1011_3"),
-    ("x>5", r"[5,\infty)"), ("x<5", r"(5,\infty)"), ("1/2004!", "1/2034!"), ("Tuesday", "Monday"), ("(C)", "D"), ("x+1", "x-1"),
-    ("x+1", "y+1"), ("2x=3", "2x=4"), ("50", "0.5"), ("east", "seat"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"), ("12", "1"), ("the answer is 5", "5"),
-    ("5 apples and 3", "5"), ("", "0"), ("9**9**9**9", "5"), (r"\frac{1}{0}", "0"), ("nan", "0"), ("inf", "0"),
-    ("1.41", r"\sqrt2"), ("0.5", "0.52"), ("5.44", "5.4"), (r"\{1,2\}", r"\{1,2,3\}"),
-    (r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2]\cup(3,\infty)"), ("3:45", "3:46"), ("2,3", "(2,3)"), ("x=5", "y=5*x"),
-    ("1 2", "12"), (r"\sqrt{3}", r"\sqrt{2}"), ("6!", "5!"), (r"\log_2 8", r"\log_2 4"), ("e^x", "e^{2x}"), ("sin x", "cos x"),
-    ("AB", "AC"), (r"-1\frac12", "-0.5"), ("y=2x+3", "y=2x-3"), ("[0,1]", "[0,1)"), (r"\{1,2\}", "(1,2)"),
-    ("f(x)=x", "g(y)=y+1"), ("1.73", r"\sqrt3"), ("5 km", "5 cm"), (r"60^\circ", "60 cm"), (r"\$5", "5 cm"),
-    (r"\frac{1}{2}", r"\frac{2}{1}"), ("x^2", "x^3"), ("2^x", "x^2"), ("ab", "a+b"), ("1,2,3", "1,2"), ("1,1,2", "1,2,2"),
-    ("(1,2),(3,4)", "(1,2,3,4)"), (r"\sin x", r"\sin 2x"), ("-3", "3"), ("i", "-i"), ("1+i", "1-i"), ("5", "5.1"),
-    ("10", "100"), (r"\infty", r"-\infty"), ("A", "B"), ("AB", "BC"), ("yes", "no"), ("3:2", "2:3"), (r"5 \text{ or } 7", "7"),
-    ("x=5", "x=6"), ("x>5", "x<5"), ("x>5", r"x\ge5"), ("2,000", "2"), ("1,234", "1.234"), (r"\sqrt{x}", "x"),
-    ("log x", "ln y"), (r"\lfloor x \rfloor", r"\lceil x\rceil"), ("n", "m"), ("0", r"\emptyset"), ("0.999", "1"),
-    ("3.14", r"\pi"), ("1e5", "1e6"), ("5!", "5"), ("", "5"), (r"\boxed{}", "5"), ("5", "5x"), ("{5}", "{6}"),
-    (r"100\%", "100.5"), (r"x\ne 3", "x=3"), ("(1;2)", "(2;1)"), ("not 5", "5"), ("5 cats and 6 dogs", "5"),
-    ("5, 6, or 7", "5"), ("5 cents", "5 dollars"), (r"5^\circ C", "5 dollars"),
-]
-HOSTILE = [
-    "9**9**9**9", "10^{10^{10}}", "{" * 100_000, "1" * 1_000_000, r"\frac{1}{0}", "nan", "inf", "\x00", "\ud800",
-    "__import__('os').system('x')", "((((5!)!)!)!)!", "5!!!!!!", "200!^200!", "(x+1)^{1000}", r"\sqrt{" * 50 + "2" + "}" * 50,
-    r"\sin(" * 30 + "1" + ")" * 30, "e^{e^{e^{e^{e}}}}", "2^{2^{2^{2^{2^2}}}}",
-    "*".join(f"(x+{i})" for i in range(60)), r"\tan(\pi/2)",
-    r"\sin(10^{300})", "0^0", "0^{-1}", "(-8)^{1/3}", "i^i", "1e999999", r"\binom{200}{100}^{100}", "-" * 300 + "1", "(1," * 100,
-    r"\begin{pmatrix}" + "1&" * 100, r"\log_{1}2", r"\log 0", "1/(x-x)", r"\pm" * 20 + "1", r"\pm1" * 64,
-    "9" * 60 + "^{1000}", "exp(exp(100))", "x" * 399,
-    "201!", "(((((x^x)^x)^x)^x)^x)^x", r"\sqrt[0]{5}", r"\cup" * 60, "<" * 99, "a=b=c", "=", r"\text{", "\x01cm\x02", "1," * 200,
+    # signs and sizes
+    ("-5", "5"),
+    ("-3", "3"),
+    ("2", r"\pm2"),
+    ("10", "100"),
+    ("12", "1"),
+    ("1 2", "12"),
+    ("5", "5.1"),
+    (r"\frac{1}{2}", r"\frac{2}{1}"),
+    (r"-1\frac12", "-0.5"),
+    (r"\frac{1}{0}", "0"),
+    ("nan", "0"),
+    ("inf", "0"),
+    # thousands and decimals
+    ("2,000", "2"),
+    ("1,234", "1.234"),
+    ("(1,234)", "1234"),  # a pair
+    ("1,23", "123"),  # a list
+    ("1e5", "1e6"),
+    # decimals that are rounded too far
+    ("0.33", "1/3"),
+    ("1.41", r"\sqrt2"),
+    ("1.73", r"\sqrt3"),
+    ("3.14", r"\pi"),
+    ("5.44", "5.4"),
+    ("0.5", "0.52"),
+    ("0.999", "1"),
+    # powers, roots, functions
+    ("x^2", "x^3"),
+    ("2^x", "x^2"),
+    (r"\sqrt{3}", r"\sqrt{2}"),
+    (r"\sqrt{x}", "x"),
+    ("6!", "5!"),
+    ("5!", "5"),
+    ("1/2004!", "1/2034!"),
+    ("9**9**9**9", "5"),  # far too large
+    (r"\log_2 8", r"\log_2 4"),
+    ("e^x", "e^{2x}"),
+    ("sin x", "cos x"),
+    (r"\sin x", r"\sin 2x"),
+    ("log x", "ln y"),
+    (r"\lfloor x \rfloor", r"\lceil x\rceil"),
+    ("1011_2", "1011"),  # other bases
+    ("1011_2", "1011_3"),
+    # letters and products
+    ("x+1", "x-1"),
+    ("x+1", "y+1"),
+    ("n", "m"),
+    ("ab", "a+b"),
+    ("AB", "AC"),
+    ("AB", "BC"),
+    ("5", "5x"),
+    ("i", "-i"),
+    ("1+i", "1-i"),
+    # equations
+    ("x=5", "x=6"),
+    ("2x=3", "2x=4"),
+    ("y=2x+3", "y=2x-3"),
+    ("x=5", "y=5*x"),
+    ("f(x)=x", "g(y)=y+1"),
+    (r"x \neq 5", "5"),
+    (r"\neq 5", "5"),
+    (r"x\ne 3", "x=3"),
+    # intervals and inequalities
+    ("x>5", "x<5"),
+    ("x>5", r"[5,\infty)"),
+    ("x<5", r"(5,\infty)"),
+    ("x>5", r"x\ge5"),
+    ("[0,1]", "[0,1)"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2]\cup(3,\infty)"),
+    (r"\infty", r"-\infty"),
+    # lists, sets, pairs
+    ("1", "1,2"),
+    ("1,2,3", "1,2"),
+    ("1,1,2", "1,2,2"),
+    (r"\{1,2\}", r"\{1,2,3\}"),
+    (r"\{1,2\}", "(1,2)"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "[1,2]"),
+    ("(1,2]", "(1,2)"),
+    ("2,3", "(2,3)"),
+    ("(1,2),(3,4)", "(1,2,3,4)"),
+    ("(1;2)", "(2;1)"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrx}"),  # cannot be read, so compared as text
+    # more than one answer is not one
+    (r"5 \text{ or } 6", "5"),
+    (r"5 \text{ or } 6", "6"),
+    (r"5 \text{ or } 7", "7"),
+    ("5, 6, or 7", "5"),
+    ("5 apples and 3", "5"),
+    ("5 cats and 6 dogs", "5"),
+    # units
+    ("5 cm", "5 m"),
+    (r"5\text{ cm}", r"5\text{ m}"),
+    ("5 km", "5 cm"),
+    (r"60^\circ", "60 cm"),
+    (r"\$5", "5 cm"),
+    ("5 cents", "5 dollars"),
+    (r"5^\circ C", "5 dollars"),
+    ("50", "0.5"),  # no sign of percent
+    (r"100\%", "100.5"),
+    # words, choices, times
+    ("Tuesday", "Monday"),
+    ("east", "seat"),
+    ("yes", "no"),
+    ("A", "B"),
+    ("(C)", "D"),
+    ("the answer is 5", "5"),
+    ("not 5", "5"),
+    ("3:45", "3:46"),
+    ("3:2", "2:3"),
+    # nothing
+    ("", "0"),
+    ("", "5"),
+    (r"\boxed{}", "5"),
+    ("0", r"\emptyset"),
+    ("{5}", "{6}"),
 ]
 
 
@@ -253,17 +2008,60 @@ def test_several_boxes():
     assert rewards.reward(r"\boxed{2}", "1, 2", True) == 0.0
 
 
-@pytest.fixture
-def work(monkeypatch):
-    """[how many nodes of a tree the checker has evaluated]"""
-    count, evaluate_node = [0], rewards.value
-
-    def counted(*arguments):
-        count[0] += 1
-        return evaluate_node(*arguments)
-
-    monkeypatch.setattr(rewards, "value", counted)
-    return count
+HOSTILE = [
+    # numbers without end
+    "9**9**9**9",
+    "10^{10^{10}}",
+    "1" * 1_000_000,
+    "1e999999",
+    "((((5!)!)!)!)!",
+    "5!!!!!!",
+    "201!",
+    "200!^200!",
+    "2^{2^{2^{2^{2^2}}}}",
+    "e^{e^{e^{e^{e}}}}",
+    "exp(exp(100))",
+    r"\sin(10^{300})",
+    r"\binom{200}{100}^{100}",
+    "9" * 60 + "^{1000}",
+    # no numbers
+    r"\frac{1}{0}",
+    "nan",
+    "inf",
+    "0^0",
+    "0^{-1}",
+    r"\log_{1}2",
+    r"\log 0",
+    "1/(x-x)",
+    r"\tan(\pi/2)",
+    r"\sqrt[0]{5}",
+    "i^i",
+    "(-8)^{1/3}",
+    # deep, long, many
+    "{" * 100_000,
+    "-" * 300 + "1",
+    "(1," * 100,
+    "1," * 200,
+    r"\sqrt{" * 50 + "2" + "}" * 50,
+    r"\sin(" * 30 + "1" + ")" * 30,
+    r"\begin{pmatrix}" + "1&" * 100,
+    r"\pm" * 20 + "1",
+    r"\pm1" * 64,
+    r"\cup" * 60,
+    "<" * 99,
+    "*".join(f"(x+{i})" for i in range(60)),
+    "(x+1)^{1000}",
+    "(((((x^x)^x)^x)^x)^x)^x",
+    "x" * 399,
+    # not mathematics
+    "__import__('os').system('x')",
+    "\x00",
+    "\ud800",
+    "\x01cm\x02",
+    r"\text{",
+    "a=b=c",
+    "=",
+]
 
 
 def test_hostile_text_costs_little(work):
@@ -300,20 +2098,16 @@ def test_fuzz_with_mutated_real_answers(work):
 @pytest.mark.parametrize("name", sorted(path.stem for path in REAL.glob("*.jsonl")))
 def test_real_golds_and_their_respellings(name):
     for gold in {p["answer"] for p in rewards.load_problems(str(REAL / f"{name}.jsonl"))}:
-        for respelled in (gold, f" {gold} ", gold + ".", gold.replace("\\frac", "\\dfrac"), f"${gold.strip('$')}$",
-                          gold.replace("(", "\\left(").replace(")", "\\right)"), gold.replace("\\left", "").replace("\\right", "")):
+        for respelled in (gold, f" {gold} ", gold + ".", f"${gold.strip('$')}$", gold.replace("\\frac", "\\dfrac"),
+                          gold.replace("(", "\\left(").replace(")", "\\right)"),
+                          gold.replace("\\left", "").replace("\\right", "")):
             assert rewards.is_correct(respelled, gold) and rewards.is_correct(gold, respelled), (respelled, gold)
-
-
-def test_rewards_command_line():
-    done = run("rewards.py", r"so \boxed{\frac12}", "0.5")
-    assert "reward   1.0" in done.stdout and r"\frac12" in done.stdout
-    assert "in a box it would earn 1.0" in run("rewards.py", "x > 3", r"(3,\infty)").stdout
 
 
 def test_reward_survives_any_text():
     rng = random.Random(0)
-    pieces = ["\\boxed{", "{", "}", "####", "\\", "$", "9", ",", "\\frac", "\x00", "\ud800", "é", "\n", "%", "(", "</think>"]
+    pieces = ["\\boxed{", "{", "}", "####", "\\", "$", "9", ",", "\\frac", "\x00", "\ud800", "é", "\n", "%", "(",
+              "</think>"]
     texts = ["".join(rng.choices(pieces, k=rng.randint(0, 40))) for _ in range(5000)]
     texts += ["\\boxed{" * 100_000, "{" * 1_000_000, "\\boxed{" + "9" * 1_000_000 + "}", "\\boxed{9**9**9**9}"]
     for text in texts:
@@ -321,7 +2115,8 @@ def test_reward_survives_any_text():
 
 
 @needs_real
-@pytest.mark.parametrize("name", ["gsm8k_test", "math500", "aime2024", "amc23", "minerva_math", "olympiadbench_oe_to_maths_en"])
+@pytest.mark.parametrize("name", ["gsm8k_test", "math500", "aime2024", "amc23", "minerva_math",
+                                  "olympiadbench_oe_to_maths_en"])
 def test_real_golds_equal_themselves(name):
     problems = rewards.load_problems(str(REAL / f"{name}.jsonl"))
     assert len(problems) >= 30
@@ -330,12 +2125,24 @@ def test_real_golds_equal_themselves(name):
         assert rewards.reward(f"so \\boxed{{7+{problem['answer']}}}.", problem["answer"], True) == 0.0, problem
 
 
+def test_rewards_command_line():
+    done = run("rewards.py", r"so \boxed{\frac12}", "0.5")
+    assert "reward   1.0" in done.stdout and r"\frac12" in done.stdout
+    assert "in a box it would earn 1.0" in run("rewards.py", "x > 3", r"(3,\infty)").stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rewards.py: problems and prompts
+
 def test_load_problems(tmp_path):
-    rows = [{"id": "a", "question": "1+1", "answer": "2"}, {"id": 7, "question": "1+2", "answer": 3},
+    rows = [{"id": "a", "question": "1+1", "answer": "2"},
+            {"id": 7, "question": "1+2", "answer": 3},
             {"id": "c", "question": "GSM", "answer": "1+1=<<1+1=2>>2\n#### 1,002"},
             {"id": "d", "question": "MATH", "answer": "we see \\boxed{x} and so $\\boxed{\\frac{1}{2}}$."}]
-    expected = [{"id": "a", "question": "1+1", "answer": "2"}, {"id": "7", "question": "1+2", "answer": "3"},
-                {"id": "c", "question": "GSM", "answer": "1,002"}, {"id": "d", "question": "MATH", "answer": "\\frac{1}{2}"}]
+    expected = [{"id": "a", "question": "1+1", "answer": "2"},
+                {"id": "7", "question": "1+2", "answer": "3"},
+                {"id": "c", "question": "GSM", "answer": "1,002"},
+                {"id": "d", "question": "MATH", "answer": "\\frac{1}{2}"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
     import pyarrow
@@ -357,8 +2164,8 @@ def test_hub_problems(monkeypatch):
 
     def load_dataset(hub_id, config, split):
         asked.append((hub_id, config, split))
-        return datasets.Dataset.from_list([{"question": "1+1", "problem": "1+1", "answer": "#### 2", "solution": "\\boxed{2}",
-                                            "final_answer": ["2"]}])
+        return datasets.Dataset.from_list([{"question": "1+1", "problem": "1+1", "answer": "#### 2",
+                                            "solution": "\\boxed{2}", "final_answer": ["2"]}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in [*rewards.DATASETS, "some/where"]:
@@ -370,10 +2177,14 @@ def test_hub_problems(monkeypatch):
 
 
 @pytest.mark.parametrize("content,words", [
-    (None, ["No such file"]), ("", ["no problems"]), ('{"question": "1+1"}\n', ["line 1", "'answer'"]),
+    (None, ["No such file"]),
+    ("", ["no problems"]),
+    ('{"question": "1+1"}\n', ["line 1", "'answer'"]),
     ('{"question": "a", "answer": "1"}\n{"question": " ", "answer": "2"}\n', ["line 2", "'question'"]),
-    ('{"id": 1, "question": "a", "answer": 1}\n{"id": "1", "question": "b", "answer": 2}\n', ["line 2", "'1'", "before"]),
-    ('{"question": "a", "answer": "1"}\n{"question"\n', ["line 2", "JSON"]), ("[1, 2]\n", ["line 1", "object"]),
+    ('{"id": 1, "question": "a", "answer": 1}\n{"id": "1", "question": "b", "answer": 2}\n',
+     ["line 2", "'1'", "before"]),
+    ('{"question": "a", "answer": "1"}\n{"question"\n', ["line 2", "JSON"]),
+    ("[1, 2]\n", ["line 1", "object"]),
     ("\udcff", ["UTF-8"]),
 ])
 def test_bad_problem_files(tmp_path, capsys, content, words):
@@ -405,7 +2216,8 @@ def test_prompts():
     text = "482+795=2+5=7;\\boxed{1277}"
     assert tokenizer.decode(rewards.encode(tokenizer, text, False)) == text
     assert len(rewards.encode(tokenizer, "\\boxed{1277}", False)) == 6
-    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.content }}{% endfor %}{{ '=' if add_generation_prompt }}"
+    tokenizer.chat_template = ("{% for m in messages %}<eos>{{ m.content }}{% endfor %}"
+                               "{{ '=' if add_generation_prompt }}")
     chat = rewards.make_prompt(tokenizer, "1", "+2", True)
     assert chat == "<eos>1+2="
 
@@ -422,1022 +2234,34 @@ def test_bos_is_written_once():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the sampler
-
-
-def small_model(vocabulary=11, kind="Qwen2", seed=0, hidden=32, layers=2):
-    """A random model of a few thousand parameters; scaled up, so that its distribution is far from uniform."""
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=vocabulary, bos_token_id=None, eos_token_id=0, pad_token_id=0)
-    if kind == "GPT2":
-        config = transformers.GPT2Config(n_embd=hidden, n_layer=layers, n_head=2, n_positions=128, **sizes)
-    else:
-        config = getattr(transformers, f"{kind}Config")(
-            hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    return model.eval()
-
-
-def sampler(model, limit=20, temperature=1.0, batch=64, eos=(0,)):
-    return TransformersSampler(model, list(eos), limit, temperature, batch)
-
-
-def chi_square(counts, probabilities):
-    """(statistic - degrees of freedom) in standard deviations; cells that expect fewer than 5 are pooled."""
-    expected = probabilities * counts.sum()
-    small = expected < 5
-    counts = np.append(counts[~small], counts[small].sum())
-    expected = np.append(expected[~small], max(expected[small].sum(), 1e-9))
-    freedom = len(counts) - 1
-    return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_samples_follow_the_softmax(temperature):
-    model, prompt = small_model(), [3, 1, 4]
-    (answers,) = sampler(model, 2, temperature, 30_000).generate([prompt], 30_000, [5])
-    first = np.array([answer.tokens[0] for answer in answers])
-
-    def softmax(ids):
-        return (model(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1).detach().double().numpy()
-
-    assert softmax(prompt).max() < 0.9
-    assert chi_square(np.bincount(first, minlength=11), softmax(prompt)) < 4
-    likely = np.bincount(first[first > 0]).argmax()  # and the second token, given the likeliest first
-    second = np.array([answer.tokens[1] for answer in answers if answer.tokens[0] == likely])
-    assert chi_square(np.bincount(second, minlength=11), softmax([*prompt, likely])) < 4
-    assert chi_square(np.bincount(first, minlength=11), np.full(11, 1 / 11)) > 20  # the test can fail
-
-
-@pytest.mark.parametrize("vocabulary", [3, 128, 1000, 151936])
-def test_draw_is_the_inverse_cdf(vocabulary):
-    """In two steps it finds what one running sum over all probabilities finds; tokens without probability never come."""
-    torch.manual_seed(0)
-    rows = 500 if vocabulary < 10_000 else 100
-    logits = 3 * torch.randn(rows, vocabulary)
-    logits[:, torch.randperm(vocabulary)[: vocabulary // 2]] = -math.inf
-    uniform = torch.rand(rows, dtype=torch.float64)
-    uniform[:4] = torch.tensor([0.0, 0.0, 1 - 1e-12, 1 - 1e-12], dtype=torch.float64)
-    for temperature in (1.0, 0.5):
-        token, logp = vstar.draw(logits, uniform, temperature)
-        exact = (logits.double() / temperature).log_softmax(-1)
-        torch.testing.assert_close(logp.double(), exact.gather(-1, token[:, None])[:, 0], atol=1e-5, rtol=0)
-        cdf = exact.exp().cumsum(-1)
-        before = torch.where(token > 0, cdf.gather(-1, (token[:, None] - 1).clamp(min=0))[:, 0], 0)
-        assert (before - 1e-6 <= uniform).all() and (uniform <= cdf.gather(-1, token[:, None])[:, 0] + 1e-6).all()
-        naive = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-        assert (naive == token).float().mean() > 0.98  # sums in fp32 move the borders by about 1e-7
-    greedy, logp = vstar.draw(logits, uniform, 0)
-    assert greedy.equal(logits.argmax(-1))
-    torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "GPT2"])
-def test_batch_equals_one_by_one(kind):
-    """Left padding, positions, rows that leave: an answer does not depend on its neighbours or their order."""
-    model, rng = small_model(kind=kind), random.Random(0)
-    prompts = [[rng.randint(1, 10) for _ in range(rng.randint(1, 12))] for _ in range(20)]
-    seeds = [prompt_seed(0, i) for i in range(20)]
-    together = sampler(model, batch=1000).generate(prompts, 4, seeds)
-    alone = [sampler(model, batch=1).generate([p], 4, [s])[0] for p, s in zip(prompts, seeds)]
-    backwards = sampler(model, batch=28).generate(prompts[::-1], 4, seeds[::-1])[::-1]
-    tokens = lambda answers: [[c.tokens for c in copies] for copies in answers]
-    assert tokens(together) == tokens(alone) == tokens(backwards)
-    assert len({tuple(c.tokens) for copies in together for c in copies}) > 60
-    assert {c.finished for copies in together for c in copies} == {True, False}
-    # a smaller N is a prefix of a larger one
-    assert tokens(sampler(model).generate(prompts, 2, seeds)) == [copies[:2] for copies in tokens(together)]
-    for prompt, copies in zip(prompts, together):  # the log-probs are those of a plain forward pass without padding
-        for copy in copies:
-            logits = model(torch.tensor([prompt + copy.tokens])).logits[0, len(prompt) - 1 : -1]
-            plain = logits.log_softmax(-1).gather(-1, torch.tensor(copy.tokens)[:, None])[:, 0]
-            torch.testing.assert_close(plain, torch.tensor(copy.logps), atol=2e-4, rtol=0)
-
-
-def test_answers_end_with_the_first_eos():
-    model = small_model()
-    for eos in ([0], [0, 7]):  # 0 is also the padding token
-        for copies in sampler(model, 12, eos=eos).generate([[1, 2], [5], [0, 3, 0]], 50, [1, 2, 3]):
-            for tokens, finished, logps in copies:
-                assert len(tokens) == len(logps) and 1 <= len(tokens) <= 12
-                assert finished == (tokens[-1] in eos)
-                assert not set(tokens[:-1]) & set(eos)
-                assert finished or len(tokens) == 12
-
-
-def test_greedy():
-    model, ids = small_model(), [3, 1, 4]
-    ((answer,),) = sampler(model, 10, temperature=0, eos=[99]).generate([ids], 1, [0])
-    for token in answer.tokens:
-        assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
-        ids = [*ids, token]
-
-
-def test_seeds_differ_by_run_prompt_and_copy():
-    assert len({prompt_seed(s, i) for s in range(50) for i in ("a", "b", 1, 11, "1/1")}) == 250
-    assert prompt_seed(0, "train/00000") == prompt_seed(0, "train/00000") < 2**63
-    (answers,) = sampler(small_model()).generate([[1]], 8, [3])
-    assert len({tuple(a.tokens) for a in answers}) == 8
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1 as a whole
-
-
-def stage1(out, *flags, command=run, **keywords):
-    return command("vstar.py", *TINY, "--limit=192", "--chunk=32", f"--out={out}", *flags, **keywords)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    out = tmp_path_factory.mktemp("stage1") / "vstar.jsonl"
-    return out, stage1(out)
-
-
-def test_stage1_rows(undisturbed):
-    out, done = undisturbed
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    problems = {p["id"]: p for p in rewards.load_problems(str(HERE / "tiny/train.jsonl"))[:192]}
-    assert [row["id"] for row in rows] == sorted(problems)
-    for row in rows:
-        assert list(row) == ["id", "prompt", "answer", "rewards", "vstar", "lengths", "finished", "responses"]
-        assert row["prompt"] == problems[row["id"]]["question"] and row["answer"] == problems[row["id"]]["answer"]
-        assert row["rewards"] == [rewards.reward(*a) for a in zip(row["responses"], [row["answer"]] * 8, row["finished"])]
-        assert row["vstar"] == pytest.approx(0.5 * math.log(np.mean(np.exp(np.array(row["rewards"]) / 0.5))))
-    accuracy = np.mean([row["rewards"] for row in rows])
-    assert 0.3 < accuracy < 0.5
-    assert f"accuracy          {accuracy:.3f} ±" in done.stdout and "N = 16" in done.stdout
-    settings = json.loads(out.with_suffix(".config.json").read_text())["settings"]
-    assert settings["model"] == "tiny/model" and settings["n"] == 8 and settings["dtype"] == "float32"
-    assert out.with_suffix(".png").stat().st_size > 5000
-    assert sorted(p.name for p in out.parent.iterdir()) == ["vstar.config.json", "vstar.jsonl", "vstar.png"]
-
-
-def test_stage1_killed_and_restarted(undisturbed, tmp_path):
-    out, rng = tmp_path / "vstar.jsonl", random.Random(0)
-    seen = set()
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "vstar.py", *TINY, "--limit=192", "--chunk=32", f"--out={out}"],
-                                   cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        parts, before = out.with_suffix(".parts"), len(seen)
-        while process.poll() is None and len(seen) <= before:  # until it has saved something more
-            seen |= set(parts.glob("*.jsonl"))
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 4 <= len(seen) <= 6
-    stage1(out)
-    assert out.read_bytes() == undisturbed[0].read_bytes()
-    assert sorted(p.name for p in out.parent.iterdir()) == ["vstar.config.json", "vstar.jsonl", "vstar.png"]
-    again = stage1(out)  # nothing left to do
-    assert "tokens/s" not in again.stdout and "accuracy" in again.stdout
-
-
-def test_two_processes_equal_one(undisturbed, tmp_path):
-    stage1(tmp_path / "vstar.jsonl", command=lambda *c: torchrun(2, *c))
-    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
-
-
-def test_a_full_gpu_is_one_line(capsys):
-    def raises(error):
-        raise error
-
-    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-                  RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp"),
-                  ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired")):
-        ends_in_one_line(capsys, lambda error=error: vstar.run_script(lambda: raises(error)), "lower --batch")
-    with pytest.raises(RuntimeError, match="another"):
-        vstar.run_script(lambda: raises(RuntimeError("another")))
-
-
-def test_each_process_sees_its_own_gpus():
-    assert [vstar.own_gpus(None, rank, 1) for rank in range(3)] == ["0", "1", "2"]
-    assert [vstar.own_gpus("4,5,6,7", rank, 2) for rank in range(3)] == ["4,5", "6,7", ""]
-    assert vstar.own_gpus("GPU-a,GPU-b", 1, 1) == "GPU-b" and vstar.own_gpus("", 0, 1) == ""
-
-
-def main(*flags, monkeypatch):
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(sys, "argv", ["vstar.py", *TINY, *flags])
-    vstar.main()
-
-
-def test_changed_settings_are_refused_by_name(undisturbed, monkeypatch, capsys):
-    out = undisturbed[0]
-    before = out.read_bytes()
-    flags = ["--limit=192", "--chunk=32", f"--out={out}", "--n=4", "--beta1=1"]
-    ends_in_one_line(capsys, lambda: main(*flags, monkeypatch=monkeypatch),
-                     "--n (was 8, now 4)", "--beta1 (was 0.5, now 1.0)", "--overwrite")
-    assert out.read_bytes() == before
-
-
-def test_what_stands_behind_the_names_may_not_change(tmp_path, monkeypatch, capsys):
-    """A model that was trained anew in the same folder, or an edited file of problems: old answers are not taken for theirs."""
-    shutil.copytree(HERE / "tiny/model", tmp_path / "model")
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join((HERE / "tiny/train.jsonl").read_text().splitlines(keepends=True)[:4]))
-    stage1 = lambda: main(f"--model={tmp_path}/model", f"--data={data}", f"--out={tmp_path}/v.jsonl", monkeypatch=monkeypatch)
-    stage1()
-    before = (tmp_path / "v.jsonl").read_bytes()
-    capsys.readouterr()
-    text = data.read_text()
-    data.write_text(text.replace('"answer": "', '"answer": "1', 1))
-    assert data.read_text() != text
-    ends_in_one_line(capsys, stage1, "data's problems (was", "--overwrite")
-    data.write_text(text)
-    path = tmp_path / "model/model.safetensors"
-    whole = bytearray(path.read_bytes())
-    whole[-3000:] = bytes(3000)
-    path.write_bytes(whole)
-    ends_in_one_line(capsys, stage1, "model's weights (was", "--overwrite")
-    monkeypatch.setattr(sys, "argv", ["train.py", f"--vstar={tmp_path}/v.jsonl", f"--out={tmp_path}/run"])
-    ends_in_one_line(capsys, train.main, "has changed since Stage 1", "vstar.py")
-    assert (tmp_path / "v.jsonl").read_bytes() == before
-
-
-def test_overwrite_starts_afresh(tmp_path, monkeypatch):
-    for n in (1, 2):
-        main("--limit=4", f"--n={n}", f"--out={tmp_path / 'v.jsonl'}", *["--overwrite"] * (n - 1), monkeypatch=monkeypatch)
-        assert len(json.loads((tmp_path / "v.jsonl").read_text().splitlines()[0])["rewards"]) == n
-
-
-@pytest.mark.parametrize("flags,words", [
-    (["--n=0"], ["--n 0"]), (["--beta1=0"], ["--beta1 0"]), (["--beta1=-1"], ["--beta1"]), (["--limit=0"], ["--limit"]),
-    (["--model=./nowhere"], ["./nowhere", "no such folder"]), (["--chat"], ["chat template"]),
-    (["--max_new_tokens=510"], ["train/00000", "window of 512"]), (["--data=nowhere.jsonl"], ["nowhere.jsonl"]),
-    (["--data=nonsense"], ["unknown data set 'nonsense'"]), (["--engine=vllm"], ["--engine vllm"]),
-])
-def test_bad_flags(flags, words, tmp_path, monkeypatch, capsys):
-    if flags == ["--engine=vllm"] and importlib.util.find_spec("vllm"):
-        pytest.skip("vLLM is installed")
-    out = tmp_path / "out" / "vstar.jsonl"
-    ends_in_one_line(capsys, lambda: main(f"--out={out}", *flags, monkeypatch=monkeypatch), *words)
-    assert not out.parent.exists()  # nothing half-written
-
-
-def test_model_without_tokenizer(tmp_path, monkeypatch, capsys):
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).symlink_to(HERE / "tiny/model" / name)
-    ends_in_one_line(capsys, lambda: main(f"--model={tmp_path}", f"--out={tmp_path / 'o/v.jsonl'}", monkeypatch=monkeypatch),
-                     "tokenizer")
-
-
-def test_ctrl_c_says_how_to_go_on(undisturbed, tmp_path):
-    command = [sys.executable, "vstar.py", *TINY, "--limit=192", "--chunk=32", f"--out={tmp_path / 'vstar.jsonl'}"]
-    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job does not, nor do its children
-    process = subprocess.Popen(command, cwd=HERE, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=listens)
-    while process.poll() is None and not list(tmp_path.glob("*/*.jsonl")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from here" in said and "Traceback" not in said
-    stage1(tmp_path / "vstar.jsonl")
-    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
-
-
-def test_unwritable_folder_and_broken_files(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = stage1(tmp_path / "file" / "vstar.jsonl", check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    limited = ["bash", "-c", 'ulimit -f 30; exec "$0" "$@"', sys.executable, "vstar.py", *TINY, f"--out={tmp_path / 'full.jsonl'}"]
-    done = subprocess.run(limited, cwd=HERE, text=True, capture_output=True)  # as on a full disk
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot write" in done.stderr and "000000.jsonl: File too large" in done.stderr
-    (tmp_path / "v.config.json").write_text("{")
-    done = stage1(tmp_path / "v.jsonl", check=False)
-    assert done.returncode == 2 and "v.config.json" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_summary_warns():
-    row = lambda rewards, finished=True: dict(rewards=rewards, vstar=0.0, lengths=[3] * len(rewards),
-                                              finished=[finished] * len(rewards))
-    mixed = [row([float(i < k) for i in range(8)]) for k in range(9)] * 10
-    assert "warning" not in vstar.summary(mixed, 0.5)
-    assert "no right answer" in vstar.summary([row([0.0] * 8)] * 19 + mixed[8:9], 0.5)
-    assert "cut off" in vstar.summary([row(r["rewards"], False) for r in mixed], 0.5)
-    assert "too small for β1" in vstar.summary([row(r["rewards"][3:5]) for r in mixed[4:5]], 0.25)
-    assert "too small for β1" in vstar.summary([row(r["rewards"][:1]) for r in mixed], 0.5)
-    text = vstar.summary(mixed, 0.5)
-    assert "0/8 right         11.1%" in text and "8/8 right  11.1%" in text and "0.500 ±" in text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2: the mathematics
-
-
-def test_apo_loss_by_hand():
-    loss = train.apo_loss(torch.tensor([-3.0, -1.0]), torch.tensor([-5.0, -1.0]), torch.tensor([1.0, 0.0]),
-                          torch.tensor([0.25, 0.5]), beta2=0.1)
-    torch.testing.assert_close(loss, torch.tensor([(0.2 - 0.75) ** 2, 0.25]))
-
-
-@pytest.mark.parametrize("vstar_value", [0.0, 0.3, 7.0])
-def test_gradient_is_that_of_reward_minus_kl(vstar_value):
-    """On-policy, E[∇ℓ] = −2 β2 ∇( E_π[r] − β2 KL(π‖π_ref) ), whatever V̂* is: exact on a softmax over seven answers."""
-    torch.manual_seed(0)
-    beta2, theta = 0.3, torch.randn(7, dtype=torch.double, requires_grad=True)
-    ref_logp, r = torch.randn(7, dtype=torch.double).log_softmax(0), torch.tensor([1.0, 0, 0, 1, 0, 1, 0], dtype=torch.double)
-    logp = theta.log_softmax(0)
-    ours = (logp.exp().detach() * train.apo_loss(logp, ref_logp, r, vstar_value, beta2)).sum()
-    objective = (logp.exp() * (r - beta2 * (logp - ref_logp))).sum()
-    (gradient,) = torch.autograd.grad(ours, theta, retain_graph=True)
-    (expected,) = torch.autograd.grad(-2 * beta2 * objective, theta)
-    torch.testing.assert_close(gradient, expected)
-    assert gradient.abs().max() > 0.01
-
-
-def test_loss_is_zero_at_the_optimum():
-    """π* ∝ π_ref exp(r/β2) with V* = β2 ln E_ref exp(r/β2) solves the regression exactly."""
-    beta2, r = 0.5, torch.tensor([1.0, 0.0, 0.0, 1.0])
-    ref_logp = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    best = (beta2 * torch.logsumexp(ref_logp + r / beta2, 0)).item()
-    logp = ref_logp + (r - best) / beta2
-    assert logp.exp().sum() == pytest.approx(1)
-    assert train.apo_loss(logp, ref_logp, r, best, beta2).max() < 1e-12
-
-
-def test_learning_rate():
-    args = SimpleNamespace(warmup=4, schedule="constant", steps=10)
-    assert [train.learning_rate(s, args) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    args = SimpleNamespace(warmup=0, schedule="cosine", steps=10)
-    assert [train.learning_rate(s, args) for s in (0, 5, 10)] == pytest.approx([1, 0.55, 0.1])
-
-
-def some_samples(count, seed=0, vocabulary=11):
-    rng = random.Random(seed)
-    samples = []
-    for i in range(count):
-        prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 9))]
-        answer = [rng.randrange(1, vocabulary) for _ in range(rng.randint(0, 12))] + [0]  # ends in EOS, which also pads
-        row = dict(id=str(i), tokens=prompt, vstar=rng.random(), rewards=[1.0])
-        samples.append(train.Sample(row, Completion(answer, True, [-1.0] * len(answer)), "", float(rng.random() < 0.5)))
-    return samples
-
-
-def settings(algo="apo", **more):
-    return SimpleNamespace(**{**dict(algo=algo, group=train.GROUP[algo], tokens_per_microbatch=100_000, temperature=1.0, beta2=0.1,
-                                     clip=1e9, minibatches=1, passes=1, dr_grpo=False, eta=0.5, clip_ratio=0.2, value_clip=0.1,
-                                     gamma=0.9, lam=0.8, max_new_tokens=13), **more})
-
-
-def naive_states(model, sample):
-    """One row at a time, no padding: what the model makes of the answer's tokens, before the head."""
-    prompt, answer = sample.row["tokens"], sample.answer.tokens
-    return model.base_model(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1]
-
-
-def naive_logps(model, samples, temperature):
-    """[(tokens of the answer,)], from full logits."""
-    return [(model.lm_head(naive_states(model, s)) / temperature).log_softmax(-1).gather(
-        -1, torch.tensor(s.answer.tokens)[:, None])[:, 0] for s in samples]
-
-
-def naive_loss(args, samples, new, old, ref, value, old_value):
-    """The four objectives again, answer by answer and token by token, as the papers write them; → (policy's, critic's)"""
-    r, tokens = [s.reward for s in samples], sum(len(s.answer.tokens) for s in samples)
-    loss, critic_loss = 0.0, torch.tensor(0.0)
-    clip = lambda x, around, by: min(max(x, around - by), around + by)
-    surrogate = lambda new, old, a: -min((new - old).exp() * a, clip((new - old).exp(), 1, args.clip_ratio) * a)
-    if args.algo == "apo":
-        for i, s in enumerate(samples):
-            loss += (args.beta2 * (new[i].sum() - ref[i].sum()) - (r[i] - s.row["vstar"])) ** 2 / len(samples)
-    elif args.algo == "rebel":
-        for i in range(0, len(samples), 2):
-            ratio = [new[j].sum() - old[j].sum() for j in (i, i + 1)]
-            gain = [r[j] - args.beta2 * (old[j].sum() - ref[j].sum()) for j in (i, i + 1)]
-            loss += ((ratio[0] - ratio[1]) / args.eta - (gain[0] - gain[1])) ** 2 / (len(samples) / 2)
-    elif args.algo == "grpo":
-        for i in range(len(samples)):
-            start = i // args.group * args.group
-            group = np.array(r[start : start + args.group])
-            a = r[i] - group.mean()
-            a = a if args.dr_grpo else a / (group.std(ddof=1) + 1e-6)
-            for n, o, q in zip(new[i], old[i], ref[i]):
-                kl = (q - n).exp() - (q - n) - 1
-                length = args.max_new_tokens if args.dr_grpo else len(new[i])
-                loss += (surrogate(n, o, a) + args.beta2 * kl) / length / len(samples)
-    else:
-        advantages = []
-        for i in range(len(samples)):
-            gains = [(-args.beta2 * (o - q)).item() for o, q in zip(old[i], ref[i])]
-            gains[-1] += r[i]
-            v = [*old_value[i].tolist(), 0.0]
-            delta = [gains[t] + args.gamma * v[t + 1] - v[t] for t in range(len(gains))]
-            advantages.append([sum((args.gamma * args.lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))])
-        every = np.concatenate(advantages)
-        for i in range(len(samples)):
-            for n, o, v, w, a in zip(new[i], old[i], value[i], old_value[i], advantages[i]):
-                loss += surrogate(n, o, (a - every.mean()) / math.sqrt(every.var() + 1e-8)) / tokens
-                target = a + w
-                critic_loss = critic_loss + max((v - target) ** 2, (clip(v, w, args.value_clip) - target) ** 2) / 2 / tokens
-    return loss, critic_loss
-
-
-@pytest.mark.parametrize("algo,kind,temperature,recompute,more", [
-    ("apo", "Qwen2", 1.0, True, {}), ("apo", "Qwen2", 0.7, False, {}), ("apo", "Llama", 1.3, True, {}),
-    ("apo", "GPT2", 1.0, True, {}),
-    ("rebel", "Qwen2", 0.7, True, {}), ("grpo", "Qwen2", 0.7, True, {}), ("grpo", "Llama", 1.0, False, dict(dr_grpo=True)),
-    ("ppo", "Qwen2", 0.7, True, {}), ("ppo", "GPT2", 1.0, False, {})])
-def test_update_is_naive_autograd_on_one_big_batch(algo, kind, temperature, recompute, more, monkeypatch):
-    """Chunked head, recomputation, packing, any token budget: the loss and the step of one undivided batch. The policy is
-    not the one that wrote the answers, so ratios are clipped."""
-    monkeypatch.setattr(train.Policy, "chunk", lambda *_: 7)
-    samples = some_samples(24)
-    args = settings(algo, temperature=temperature, passes=2, **more)
-    naive, old, reference = small_model(kind=kind), small_model(kind=kind, seed=1), small_model(kind=kind, seed=2)
-    for parameter, start in zip(old.parameters(), naive.parameters()):
-        parameter.data.lerp_(start.data, 0.8)  # near, so that some ratios are clipped and some not
-
-    def critic_of(seed):
-        critic = train.Critic(small_model(kind=kind, seed=seed), recompute)
-        with torch.no_grad():
-            critic.model.get_output_embeddings().weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-        return critic
-
-    critic, old_critic = critic_of(3), critic_of(4)
-    values = lambda critic: [critic.model.get_output_embeddings()(naive_states(critic.model, s))[:, 0] for s in samples]
-    with torch.no_grad():
-        before = [naive_logps(model, samples, temperature) for model in (old, reference)]
-        old_value = values(old_critic)
-    new = naive_logps(naive, samples, temperature)
-    ratios = (torch.cat(new) - torch.cat(before[0])).exp()
-    assert 0.1 < ((ratios - 1).abs() > 0.2).float().mean() < 0.9
-    loss, critic_loss = naive_loss(args, samples, new, *before, values(critic), old_value)
-    (loss + critic_loss).backward()
-    expected = {name: p.grad for name, p in naive.named_parameters()}
-    expected_critic = {name: p.grad for name, p in critic.named_parameters()}
-    for budget in (1, 40, 100_000):
-        args.tokens_per_microbatch = budget
-        known = train.targets(train.Policy(old), train.Policy(reference), old_critic, samples, args, "cpu")
-        torch.testing.assert_close(known["ref_logp"].sum(-1), torch.stack([x.sum() for x in before[1]]), atol=2e-4, rtol=1e-5)
-        learners = [train.Policy(small_model(kind=kind), recompute)] + [critic_of(3)] * (algo == "ppo")
-        starts = [{name: p.detach().clone() for name, p in learner.named_parameters()} for learner in learners]
-        optimizer = torch.optim.SGD([p for learner in learners for p in learner.parameters()], lr=1.0)
-        over = dict(ppo=sum(len(s.answer.tokens) for s in samples), rebel=12).get(algo, 24)
-        sums, norm = train.update(learners[0], optimizer, samples, known, over, args, "cpu", *learners[1:])
-        assert sums["loss"] / over == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
-        assert sums["logp"] == pytest.approx(sum(x.sum().item() for x in new), rel=1e-5)
-        for name, p in learners[0].model.named_parameters():
-            torch.testing.assert_close(starts[0]["model." + name] - p, expected[name], atol=2e-4, rtol=2e-3)
-        assert norm == pytest.approx(math.sqrt(sum((g**2).sum().item() for g in expected.values())), rel=1e-3)
-        if algo == "ppo":
-            assert critic_loss > 0.01
-            for name, p in learners[1].named_parameters():
-                if expected_critic[name] is not None:  # a tied head was replaced; nothing is left of it
-                    torch.testing.assert_close(starts[1][name] - p, expected_critic[name], atol=2e-4, rtol=2e-3)
-
-
-def test_rebel_by_hand():
-    # two answers, one right: log-ratios 0.3 and −0.1 over η = 2 make 0.2, the rewards differ by 1: (0.2 − 1)²
-    loss = train.rebel_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.3, -1.9]]), torch.tensor([[1.0, 0.0]]), 2.0)
-    assert loss.tolist() == pytest.approx([0.64])
-
-
-def test_grpo_by_hand():
-    # one right of four: mean 1/4, deviation (n − 1) 1/2 → advantages 3/2 and −1/2
-    advantage = train.group_advantage(torch.tensor([[1.0, 0, 0, 0]]))
-    assert advantage[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
-    assert train.group_advantage(torch.tensor([[1.0, 0, 0, 0]]), divide=False)[0].tolist() == [0.75, -0.25, -0.25, -0.25]
-    # two tokens: ratio 1 (gain 3/2) and ratio 2, clipped to 1.2 (gain 1.8); π_ref gives the second half as much as π: its
-    # KL estimate is 1/2 + ln 2 − 1; a third column is no token
-    logp, old = torch.tensor([[-1.0, math.log(0.5), -9.0]]), torch.tensor([[-1.0, math.log(0.25), 0.0]])
-    ref, response = torch.tensor([[-1.0, math.log(0.25), 0.0]]), torch.tensor([[True, True, False]])
-    expected = -(1.5 + 1.8) + 0.1 * (0.5 + math.log(2) - 1)
-    grpo = lambda **more: train.grpo_loss(logp, old, ref, torch.tensor([1.5]), response, 0.1, 0.2, **more).item()
-    assert grpo() == pytest.approx(expected / 2) and grpo(length=10) == pytest.approx(expected / 10)
-    # a worse answer whose ratio has grown is not spared: the minimum takes the unclipped
-    assert train.clipped(torch.tensor(math.log(2)), torch.tensor(0.0), torch.tensor(-1.0), 0.2).item() == pytest.approx(2)
-
-
-def test_a_group_of_equals_teaches_nothing():
-    for r in (0.0, 1.0):
-        logp = torch.full((8, 3), -1.0, requires_grad=True)
-        advantage = train.group_advantage(torch.full((1, 8), r)).flatten()
-        train.grpo_loss(logp, logp.detach(), logp.detach(), advantage, torch.ones(8, 3), 0.1, 0.2).sum().backward()
-        assert torch.equal(advantage, torch.zeros(8)) and torch.equal(logp.grad, torch.zeros(8, 3))
-
-
-def test_gae_against_the_double_sum():
-    rng = np.random.default_rng(0)
-    for gamma, lam in product((1.0, 0.9), (1.0, 0.7, 0.0)):
-        reward, value = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
-        for row, length in enumerate((6, 4, 1)):
-            reward[row, length:] = value[row, length:] = 0
-        got = train.gae(torch.tensor(reward), torch.tensor(value), gamma, lam).numpy()
-        for row, length in enumerate((6, 4, 1)):
-            v = [*value[row, :length], 0.0]
-            for t in range(length):
-                # λ-weighted mean of the k-step estimates, the last of which takes all that is left
-                steps = [sum(gamma**j * reward[row, t + j] for j in range(k)) + gamma**k * v[t + k] - v[t]
-                         for k in range(1, length - t + 1)]
-                weights = [(1 - lam) * lam**k for k in range(len(steps) - 1)] + [lam ** (len(steps) - 1)]
-                assert got[row, t] == pytest.approx(np.dot(weights, steps))
-    # γ = λ = 1, reward 1 at the end, values 0.2 and 0.6: 0.8 and 0.4
-    assert train.gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.2, 0.6]]), 1.0, 1.0)[0].tolist() == pytest.approx([0.8, 0.4])
-
-
-def test_value_loss_by_hand():
-    # from 0 to 0.9 with a clip of 0.5, the return is 1: ½ max(0.1², 0.5²); where it moved less, the plain square
-    loss = train.value_loss(torch.tensor([0.9, 0.3]), torch.zeros(2), torch.ones(2), 0.5)
-    assert loss.tolist() == pytest.approx([0.125, 0.245])
-
-
-def test_without_passes_the_old_policy_costs_nothing(monkeypatch):
-    """A*-PO, and GRPO and REBEL with one step a batch, ask only π_ref for log-probabilities before the update."""
-    asked = []
-    monkeypatch.setattr(train, "by_token", lambda model, samples, args, device: asked.append(model) or torch.zeros(24, 30))
-    for algo, models in (("apo", ["ref"]), ("grpo", ["ref"]), ("rebel", ["ref"]), ("ppo", ["ref", "policy", "critic"])):
-        train.targets("policy", "ref", "critic", some_samples(24), settings(algo), "cpu")
-        assert asked == models
-        asked.clear()
-
-
-def test_microbatches_hold_every_response_once():
-    samples = some_samples(40)
-    for budget, together in product((1, 60, 10_000), (1, 2)):
-        batches = train.microbatches(samples, budget, "cpu", together)
-        assert sorted(i for group, _, _ in batches for i in group) == list(range(40))
-        for group, ids, response in batches:
-            assert len(group) == together or ids.numel() <= budget
-            assert all(i ^ 1 in group for i in group) or together == 1
-            for row, i in enumerate(group):
-                # up to and including the EOS, not the padding, which is the same token
-                assert ids[row][response[row]].tolist() == samples[i].answer.tokens
-                assert not response[row, : len(samples[i].row["tokens"])].any()
-
-
-def test_dropout_is_off_and_recomputation_on():
-    policy = train.Policy(small_model(kind="GPT2").train(), checkpoint_activations=True)
-    assert not any(m.training for m in policy.modules() if isinstance(m, torch.nn.Dropout))
-    batch = train.microbatches(some_samples(4), 1000, "cpu")[0]
-    one, two = (policy(input_ids=batch[1], response=batch[2]) for _ in range(2))
-    assert torch.equal(one, two) and len(policy.blocks) == 2 and all(block.training for block in policy.blocks)
-    with torch.no_grad():
-        policy(input_ids=batch[1], use_cache=True)
-    assert not any(block.training for block in policy.blocks)
-
-
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most elements that any tensor had."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.numel())
-        return out
-
-
-def test_memory_does_not_grow_with_vocabulary_times_batch(monkeypatch):
-    monkeypatch.setattr(train.Policy, "chunk", lambda *_: 16)
-    vocabulary, samples = 150_000, some_samples(64, vocabulary=150_000)
-    policy = train.Policy(small_model(vocabulary))
-    args = settings()
-    known = train.targets(policy, policy, None, samples, args, "cpu")
-    with Largest() as largest:
-        train.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), samples, known, 64, args, "cpu")
-    weights = vocabulary * 32  # the embedding; its gradient is as large
-    assert sum(len(s.answer.tokens) for s in samples) * vocabulary > 10 * weights  # full logits would be seen
-    assert largest.size <= max(weights, 16 * vocabulary)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2: what it says is wrong
-
-
-def healthy(steps=60):
-    """Metrics of a run that goes well: 0.4 → 0.9."""
-    return [dict(step=i + 1, reward=0.9 - 0.5 * math.exp(-i / 15), finished=1.0, length=20.0 + i / 10, unsolved=0.1, kl=0.02 * i,
-                 log_ratio_abs=0.05 + 0.02 * i) for i in range(steps)]
-
-
-ILL = {
-    "unsolved": lambda i: dict(unsolved=0.9, reward=0.02),
-    "still": lambda i: dict(log_ratio_abs=1e-4, kl=1e-5, reward=0.4),
-    "runaway": lambda i: dict(kl=0.5 * i),
-    "collapse": lambda i: dict(reward=0.6 if i < 30 else 0.2),
-    "cut off": lambda i: dict(finished=1.0 - i / 60, length=20.0 + 5 * i),
-    "no EOS": lambda i: dict(finished=0.01, reward=0.0),
-    "saturated": lambda i: dict(reward=0.99),
-}
-
-
-@pytest.mark.parametrize("name", ILL)
-def test_illness_is_named(name):
-    args, remedies = settings(), ("--", "harder")
-    found = train.diagnose([{**row, **ILL[name](i)} for i, row in enumerate(healthy())], args)
-    assert name in found and any(word in found[name] for word in remedies), found
-    assert set(found) <= {name, "collapse"}, found
-
-
-def test_health_is_not_remarked_upon():
-    rows = [dict(step=0, accuracy=0.4), *healthy()]
-    for count in range(len(rows)):
-        assert train.diagnose(rows[:count], settings()) == {}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2 as a whole
-
-
-@pytest.fixture(scope="module")
-def stage1_whole(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "vstar.jsonl"
-    run("vstar.py", *TINY, "--batch=1024", f"--out={out}")
-    return out
-
-
-def flags(stage1_out, out, *more):
-    return ["train.py", f"--vstar={stage1_out}", f"--out={out}", "--engine=transformers", "--eval_data=tiny/test.jsonl",
-            "--lr=3e-4", "--beta2=0.1", "--batch_size=25", "--eval_limit=40", "--eval_every=2", "--save_every=2", "--steps=6",
-            "--show_every=3", "--tokens_per_microbatch=300", *more]
-
-
-def metrics(out):
-    """metrics.jsonl without what is a time or the machine's."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "memory_gb")} for row in rows]
-
-
-def weights(out):
-    return (out / "model/model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def trained(stage1_whole, tmp_path_factory):
-    out = tmp_path_factory.mktemp("train") / "run"
-    return out, run(*flags(stage1_whole, out))
-
-
-def test_stage2_files(trained, stage1_whole):
-    out, done = trained
-    rows = metrics(out)
-    assert [row["step"] for row in rows] == list(range(7))
-    assert [row["step"] for row in rows if "accuracy" in row] == [0, 2, 4, 6]
-    assert set(rows[1]) >= {"loss", "reward", "vstar", "advantage", "kl", "entropy", "length", "finished", "grad_norm", "mismatch"}
-    assert rows[1]["kl"] == 0 and rows[1]["log_ratio_abs"] == 0  # the same code on the same tokens: exactly
-    assert all(0 < row["mismatch"] < 1e-5 for row in rows[1:])  # and the sampler's own log-probs agree
-    assert rows[1]["loss"] == pytest.approx(rows[1]["advantage"] ** 2, abs=0.3) and rows[2]["log_ratio_abs"] > 0
-    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["00000004", "00000006"]
-    assert (out / "curves.png").stat().st_size > 10_000
-    for words in ("before  held-out accuracy", "after   held-out accuracy", "── step 3: "):
-        assert words in done.stdout
-
-
-def test_final_model_is_the_trained_policy(trained):
-    """transformers loads it as it is, and it scores exactly what the last row says."""
-    out, rows = trained[0], metrics(trained[0])
-    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
-    assert model.dtype == torch.float32 and model.generation_config.eos_token_id == 0
-    problems = rewards.load_problems(str(HERE / "tiny/test.jsonl"))[:40]
-    prompts = [rewards.encode(tokenizer, p["question"], False) for p in problems]
-    answers = sampler(model.eval(), 64).generate(prompts, 1, [prompt_seed("0/held out", p["id"]) for p in problems])
-    right = [rewards.reward(tokenizer.decode(a.tokens, skip_special_tokens=True), p["answer"], a.finished)
-             for p, (a,) in zip(problems, answers)]
-    assert np.mean(right) == pytest.approx(rows[-1]["accuracy"])
-    assert rows[0]["accuracy"] != rows[-1]["accuracy"]
-
-
-def test_stage2_killed_and_restarted(trained, stage1_whole, tmp_path):
-    """kill -9 at random moments and while a checkpoint is being written: the same bits in the end."""
-    out, rng = tmp_path / "run", random.Random(1)
-    for attempt in range(5):
-        process = subprocess.Popen([sys.executable, *flags(stage1_whole, out)], cwd=HERE, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        saved = set(out.glob("checkpoint/0*[0-9]"))
-        while process.poll() is None:
-            if attempt % 2 and list(out.glob("checkpoint/*.tmp")):  # it is saving
-                break
-            if not attempt % 2 and set(out.glob("checkpoint/0*[0-9]")) - saved:  # it has saved, and goes on for a moment
-                time.sleep(rng.random() * 0.3)
-                break
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')  # and a torn line
-    run(*flags(stage1_whole, out))
-    assert metrics(out) == metrics(trained[0])
-    assert weights(out) == weights(trained[0])
-    assert not list(out.glob("**/*.tmp"))
-
-
-def test_sigterm_saves_and_says_how_to_go_on(trained, stage1_whole, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, *flags(stage1_whole, out, "--save_every=100")], cwd=HERE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text()) < 1500):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on from here" in said, said
-    assert 1 <= len(list((out / "checkpoint").iterdir())) <= 2
-    run(*flags(stage1_whole, out, "--save_every=100"))
-    assert metrics(out) == metrics(trained[0]) and weights(out) == weights(trained[0])
-
-
-def close(one, other):
-    assert len(one) == len(other)
-    for a, b in zip(one, other):
-        assert a.keys() == b.keys()
-        assert a == pytest.approx(b, rel=2e-3, abs=1e-4)
-
-
-def test_two_ranks_train_like_one(trained, stage1_whole, tmp_path):
-    """The same answers, and the same metrics but for rounding; a checkpoint of two ranks goes on on one, and back."""
-    two = tmp_path / "two"
-    torchrun(2, *flags(stage1_whole, two))
-    close(metrics(two), metrics(trained[0]))
-    mixed = tmp_path / "mixed"
-    torchrun(2, *flags(stage1_whole, mixed, "--steps=2"))
-    run(*flags(stage1_whole, mixed, "--steps=4"))
-    torchrun(2, *flags(stage1_whole, mixed))
-    close(metrics(mixed), metrics(trained[0]))
-
-
-def nodes(count, each, *command):
-    """Several machines, as far as the processes can tell: an agent for each, with its own share of the cores, which meet at an
-    address."""
-    cores = sorted(os.sched_getaffinity(0))
-    pin = lambda node: os.sched_setaffinity(0, cores[node::count] or cores)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={count}", f"--nproc_per_node={each}", "--rdzv_backend=c10d",
-             f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
-    return [subprocess.Popen([*agent, *map(str, command)], cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL, preexec_fn=lambda node=node: pin(node)) for node in range(count)]
-
-
-def test_two_nodes_train_like_one(trained, stage1_whole, undisturbed, tmp_path):
-    """Both stages on two nodes; one dies in the middle of Stage 2, and the same commands go on to the same result."""
-    for node in nodes(2, 1, *stage1(tmp_path / "vstar.jsonl", command=lambda *c: c)):
-        assert node.wait(timeout=300) == 0
-    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
-    both = nodes(2, 1, *flags(stage1_whole, tmp_path / "run"))
-    while not (tmp_path / "run/checkpoint/00000002").exists() and all(node.poll() is None for node in both):
-        time.sleep(0.01)
-    os.killpg(both[1].pid, signal.SIGKILL)  # a node is gone; the other's agent gives up after five minutes, or a scheduler ends it
-    time.sleep(1)
-    subprocess.run(["pkill", "-9", "-f", f"{tmp_path}/run"], check=True)
-    assert both[0].wait(timeout=60) != 0 and not (tmp_path / "run/model").exists()
-    for node in nodes(2, 1, *flags(stage1_whole, tmp_path / "run")):
-        assert node.wait(timeout=300) == 0
-    close(metrics(tmp_path / "run"), metrics(trained[0]))
-
-
-def test_checkpoints_between_one_two_and_four_ranks(trained, stage1_whole, tmp_path):
-    for count, steps in ((4, 2), (1, 4), (2, 6)):
-        torchrun(count, *flags(stage1_whole, tmp_path, f"--steps={steps}"))
-    close(metrics(tmp_path), metrics(trained[0]))
-
-
-def test_random_kills_over_both_stages(undisturbed, tmp_path):
-    """kill -9 at random moments (five; LONG=1: fifty); the same command, until it ends by itself, leaves the same bits."""
-    rng, kills = random.Random(2), 50 if LONG else 5
-    out = lambda name: tmp_path / name / "vstar.jsonl"
-    both = lambda name: " && ".join(shlex.join([sys.executable, *map(str, command)]) for command in (
-        stage1(out(name), command=lambda *c: c), flags(out(name), tmp_path / name / "run", "--steps=60", "--batch_size=64",
-                                                       "--eval_every=20", "--tokens_per_microbatch=8000")))
-    run("-c", f"import os; os.system({both('whole')!r})")
-    for _ in range(kills):
-        process = subprocess.Popen(both("killed"), shell=True, cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(4, 12))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    run("-c", f"import os; os.system({both('killed')!r})")
-    assert out("killed").read_bytes() == out("whole").read_bytes() == undisturbed[0].read_bytes()
-    one, other = (tmp_path / name / "run" for name in ("killed", "whole"))
-    assert metrics(one) == metrics(other) and weights(one) == weights(other)
-
-
-def test_a_long_run_stays_as_small_as_it_began(stage1_whole, tmp_path):
-    """Memory and open files from outside, over 80 steps (LONG=1: a thousand)."""
-    process = subprocess.Popen([sys.executable, *flags(stage1_whole, tmp_path, f"--steps={1000 if LONG else 80}", "--batch_size=64",
-                                                       "--tokens_per_microbatch=8000", "--eval_every=1000", "--save_every=20")],
-                               cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    resident, files, path = [], [], tmp_path / "metrics.jsonl"
-    while process.poll() is None:
-        if path.exists() and path.read_text().count("\n") > 10:  # it has begun
-            try:
-                resident.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]))
-                files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
-            except OSError:
-                break  # it has just ended
-        time.sleep(0.1)
-    assert process.wait() == 0 and len(resident) > 20
-    fifth = len(resident) // 5
-    assert np.median(resident[-fifth:]) < 1.1 * np.median(resident[fifth : 2 * fifth])
-    assert np.median(files[-fifth:]) <= np.median(files[2 * fifth : 3 * fifth])  # the first save opens some for good
-    seconds = [sum(row["seconds"][key] for key in ("sampling", "reference", "update")) / row["length"] for row in map(
-        json.loads, path.read_text().splitlines()) if row["step"]]
-    print("seconds a token, last fifth over second:", np.median(seconds[-(len(seconds) // 5) :]) / np.median(
-        seconds[len(seconds) // 5 : 2 * len(seconds) // 5]))  # pytest -s
-
-
-def test_broken_files_each_end_in_one_line(trained, stage1_whole, tmp_path):
-    """A corrupted line in the middle, a torn checkpoint, a truncated model, a read-only folder: one clear line, nothing lost."""
-    def refused(words, *command):
-        done = run(*command, check=False)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-        assert done.returncode == 2 and "Traceback" not in done.stderr and len(errors) == 1, done.stderr
-        assert all(word in errors[0] for word in words), errors
-
-    lines = stage1_whole.read_text().splitlines()
-    broken = tmp_path / "vstar.jsonl"
-    broken.write_text("\n".join([*lines[:500], lines[500][:40], *lines[501:]]) + "\n")
-    (tmp_path / "vstar.config.json").write_text(stage1_whole.with_suffix(".config.json").read_text())
-    refused(["vstar.jsonl", "line 501"], *flags(broken, tmp_path / "r"))
-    run_of = lambda name: subprocess.run(["cp", "-r", trained[0], tmp_path / name], check=True) and tmp_path / name
-    out = run_of("torn")
-    for shard in (out / "checkpoint/00000006").glob("*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:1000])
-    refused(["00000006", "cannot be read"], *flags(stage1_whole, out, "--steps=8"))
-    assert (out / "checkpoint/00000004").is_dir()
-    out = run_of("metrics")
-    rows = (out / "metrics.jsonl").read_text().splitlines()
-    (out / "metrics.jsonl").write_text("\n".join([*rows[:3], "\x00" * 9, *rows[4:]]) + "\n")
-    assert "line 4: not readable" in run(*flags(stage1_whole, out)).stdout
-    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 4, 5, 6]  # one is lost, and no other
-    model = tmp_path / "model"
-    subprocess.run(["cp", "-r", HERE / "tiny/model", model], check=True)
-    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000])
-    refused([str(model)], "vstar.py", f"--model={model}", *TINY[1:], f"--out={tmp_path / 'm.jsonl'}")
-    refused(["/proc/out"], *flags(stage1_whole, "/proc/out"))  # nobody may write there
-    parts = tmp_path / "p.parts"
-    process = subprocess.Popen([sys.executable, *stage1(tmp_path / "p.jsonl", command=lambda *c: map(str, c))], cwd=HERE,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(parts.glob("*.jsonl"))) < 2:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    (parts / "000000.jsonl").write_text("{}")
-    refused(["000000.jsonl", "remove it"], *stage1(tmp_path / "p.jsonl", command=lambda *c: c))
-    (parts / "000000.jsonl").unlink()
-    stage1(tmp_path / "p.jsonl")
-
-
-@pytest.mark.parametrize("more", [("--algo=rebel",), ("--algo=grpo", "--group=4", "--minibatches=2"),
-                                  ("--algo=ppo", "--critic_lr=1e-3")])
-def test_baselines_restart_and_shard(more, stage1_whole, tmp_path):
-    """Killed and restarted to the bit, two ranks like one, and a checkpoint of one goes on on two: the critic too."""
-    more = [*more, "--steps=4", "--batch_size=11"]  # 11 prompts: the two ranks' shares differ
-    run(*flags(stage1_whole, tmp_path / "one", *more))
-    process = subprocess.Popen([sys.executable, *flags(stage1_whole, tmp_path / "two", *more)], cwd=HERE,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "two/checkpoint/00000002").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "two/checkpoint/00000004").exists()
-    subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / "three"], check=True)
-    run(*flags(stage1_whole, tmp_path / "two", *more))
-    assert metrics(tmp_path / "one") == metrics(tmp_path / "two") and weights(tmp_path / "one") == weights(tmp_path / "two")
-    torchrun(2, *flags(stage1_whole, tmp_path / "three", *more))
-    close(metrics(tmp_path / "one"), metrics(tmp_path / "three"))
-    torchrun(2, *flags(stage1_whole, tmp_path / "four", *more))
-    close(metrics(tmp_path / "one"), metrics(tmp_path / "four"))
-
-
-def test_extending_a_run_is_one_long_run(trained, stage1_whole, tmp_path):
-    run(*flags(stage1_whole, tmp_path, "--steps=4"))
-    run(*flags(stage1_whole, tmp_path, "--eval_every=2"))
-    assert weights(tmp_path) == weights(trained[0])
-
-
-@pytest.mark.parametrize("more,words", [
-    (["--lr=1e-3", "--beta2=0.5"], ["--lr (was 0.0003, now 0.001)", "--beta2 (was 0.1, now 0.5)", "--overwrite"]),
-    (["--beta1=2"], ["--beta1 (was 0.5, now 2.0)"]), (["--temperature=0.5"], ["--temperature 0.5 (Stage 1: 1.0)"]),
-    (["--n=9"], ["--n 9", "8"]), (["--vstar=nowhere.jsonl"], ["nowhere.jsonl", "vstar.py"]), (["--batch_size=0"], ["--batch_size"]),
-    (["--minibatches=99"], ["--minibatches"]), (["--eval_data=nowhere.jsonl"], ["nowhere.jsonl"]), (["--wandb=x"], ["wandb"]),
-    (["--group=4"], ["--group 4", "GRPO"]), (["--algo=grpo", "--group=1"], ["--group 1"]), (["--beta2=0"], ["--beta2 0"]),
-    (["--algo=ppo"], ["--algo (was apo, now ppo)"]),
-])
-def test_stage2_refuses(more, words, trained, stage1_whole, monkeypatch, capsys):
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(sys, "argv", flags(stage1_whole, trained[0], *more))
-    ends_in_one_line(capsys, train.main, *words)
-
-
-def test_full_disk_keeps_the_last_checkpoint(trained, stage1_whole, tmp_path):
-    """No file may grow beyond 300 KB: metrics fit, a checkpoint does not."""
-    run(*flags(stage1_whole, tmp_path, "--steps=2"))
-    limited = ["bash", "-c", 'ulimit -f 300; exec "$0" "$@"', sys.executable, *flags(stage1_whole, tmp_path)]
-    done = subprocess.run(limited, cwd=HERE, text=True, capture_output=True)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "cannot write the checkpoint of step 4" in errors[0] and "disk" in errors[0]
-    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["00000002"]
-    run(*flags(stage1_whole, tmp_path))
-    assert metrics(tmp_path) == metrics(trained[0]) and weights(tmp_path) == weights(trained[0])
-
-
-def test_numbers_that_are_not_finite_stop_the_run(stage1_whole, tmp_path):
-    rows = [json.loads(line) for line in stage1_whole.read_text().splitlines()][:24]
-    rows[5]["rewards"] = [math.nan] * 8
-    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (tmp_path / "v.config.json").write_text(stage1_whole.with_suffix(".config.json").read_text())
-    done = run(*flags(tmp_path / "v.jsonl", tmp_path / "run"), check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: the loss of {rows[5]['id']} is not finite" in done.stderr
-
-
-def test_stale_weights_and_a_wrong_reference_are_noticed(capsys):
-    args = SimpleNamespace(dtype="float32")
-    good = dict(log_ratio_abs=0.0, mismatch=0.01, tokens=1000)
-    seen = []
-    for step in range(5):
-        train.check_numbers(good, step, seen, args)
-    ends_in_one_line(capsys, lambda: train.check_numbers({**good, "mismatch": 50.0}, 5, seen, args), "old weights")
-    ends_in_one_line(capsys, lambda: train.check_numbers({**good, "log_ratio_abs": 50.0}, 0, [], args), "agree")
-
-
-def test_beta1_and_n_are_recomputed_from_the_rewards(stage1_whole, tmp_path, monkeypatch):
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(sys, "argv", flags(stage1_whole, tmp_path, "--beta1=2", "--n=4", "--filter_unsolved"))
-    rows, held_out, *_ = train.prepare(train.parse_args())
-    assert len(held_out) == 40 and 600 < len(rows) < 1024
-    for row in rows:
-        assert any(row["rewards"][:4])
-        assert row["vstar"] == pytest.approx(2 * math.log(np.mean(np.exp(np.array(row["rewards"][:4]) / 2))))
-
-
-@pytest.mark.parametrize("algo,steps", [("apo", 25), ("rebel", 15), ("grpo", 15), ("ppo", 25)])
-def test_it_learns(algo, steps, stage1_whole, tmp_path):
-    run(*flags(stage1_whole, tmp_path, "--batch_size=128", f"--steps={steps}", "--eval_limit=256", "--eval_every=25", "--warmup=5",
-               "--save_every=99", "--batch=1024", "--tokens_per_microbatch=16384", f"--algo={algo}", "--critic_lr=1e-3"))
-    rows = metrics(tmp_path)
-    assert rows[0]["accuracy"] < 0.5 and rows[-1]["accuracy"] > 0.8
-    assert rows[-1]["length"] > 1.5 * rows[1]["length"]  # it has found out that writing the steps pays
-    assert train.diagnose(rows, settings()) == {}
-
-
-def test_wandb_gets_every_row(stage1_whole, tmp_path):
-    (tmp_path / "wandb.py").write_text(
-        "def init(project, config):\n    print('project', project, config['beta2'])\n    import wandb\n    return wandb\n"
-        "def log(row, step):\n    print('logged', step, row['step'])\n")
-    done = run(*flags(stage1_whole, tmp_path / "run", "--wandb=mine", "--steps=2"), PYTHONPATH=str(tmp_path))
-    assert [line for line in done.stdout.splitlines() if line.startswith(("project", "logged"))] == [
-        "project mine 0.1", "logged 0 0", "logged 1 1", "logged 2 2"]
-
-
-def test_minibatches_and_bf16(stage1_whole, tmp_path):
-    """fp32 masters with bf16 compute, FSDP's code on a mesh of one, two optimizer steps per batch."""
-    run(*flags(stage1_whole, tmp_path, "--dtype=bfloat16", "--minibatches=2", "--steps=3", "--checkpoint_activations=yes"))
-    rows = metrics(tmp_path)
-    assert rows[1]["log_ratio_abs"] == 0 and rows[2]["log_ratio_abs"] > 0 and 1e-6 < rows[1]["mismatch"] < 0.01
-    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    reference = tiny_model().state_dict()
-    moved = {name: (state[name] - reference[name]).abs().max().item() for name in state}
-    assert all(0 < change < 1e-2 for change in moved.values()), moved  # smaller than a bf16 step, and not lost
-
-
-def test_other_architectures_end_to_end(tmp_path):
-    for kind, command in (("Llama", run), ("GPT2", lambda *c: torchrun(2, *c))):
-        model, out = tmp_path / kind, tmp_path / f"{kind}-out"
-        small_model(vocabulary=19, kind=kind).save_pretrained(model)
-        tiny_tokenizer().save_pretrained(model)
-        small = ["--limit=16", "--samples=2", "--max_new_tokens=20", f"--out={out}/vstar.jsonl"]
-        command("vstar.py", f"--model={model}", *TINY[1:], *small)
-        path = out / "vstar.jsonl"  # a random model is never right; say it was, so that there is something to learn
-        path.write_text(path.read_text().replace('"rewards": [0.0, 0.0]', '"rewards": [1.0, 0.0]'))
-        command(*flags(path, out / "run", "--steps=2", "--batch_size=8", "--eval_limit=8"))
-        rows = metrics(out / "run")
-        assert rows[1]["log_ratio_abs"] == 0 and rows[2]["log_ratio_abs"] > 0 and rows[1]["mismatch"] < 1e-4
-        transformers.AutoModelForCausalLM.from_pretrained(out / "run/model")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
+# evaluate.py
 
 
 def test_majority_by_hand():
     box = lambda *answers: [f"so \\boxed{{{a}}}" if a is not None else "no idea" for a in answers]
     grade = lambda responses, gold: [rewards.reward(r, gold, True) for r in responses]
-    for answers, gold, expected in ((("1", "2", "2"), "2", 1.0), (("1", "2", "2"), "1", 0.0), (("1", "2"), "1", 1.0),
-                                    (("0.5", "3", r"\frac12", "3", "1/2"), "0.5", 1.0),  # the checker's groups, not the strings'
-                                    ((None, None, "7"), "7", 1.0), ((None,), "7", 0.0)):
+    for answers, gold, expected in (
+        (("1", "2", "2"), "2", 1.0),
+        (("1", "2", "2"), "1", 0.0),
+        (("1", "2"), "1", 1.0),
+        (("0.5", "3", r"\frac12", "3", "1/2"), "0.5", 1.0),  # the checker's groups, not the strings'
+        ((None, None, "7"), "7", 1.0),
+        ((None,), "7", 0.0),
+    ):
         responses = box(*answers)
         assert evaluate.majority(responses, [True] * len(answers), grade(responses, gold)) == expected
-    assert evaluate.majority(box("1", "1", "2"), [False, False, True], [0.0, 0.0, 1.0]) == 1.0  # cut-off answers do not vote
+    # cut-off responses do not vote
+    assert evaluate.majority(box("1", "1", "2"), [False, False, True], [0.0, 0.0, 1.0]) == 1.0
 
 
-def test_bootstrap_interval_covers():
+def test_bootstrap_interval_covers(monkeypatch):
     """In 95 of 100 simulated experiments the interval holds the truth; paired differences too."""
+    monkeypatch.setattr(evaluate.bootstrap, "__defaults__", (400, 0))  # draws, seed
     rng, covered, held = np.random.default_rng(0), 0, 0
     for trial in range(300):
         chance = rng.beta(2, 2, 150)
         one, other = (rng.binomial(4, chance) / 4 for _ in range(2))
-        low, high = evaluate.bootstrap(one, draws=400, seed=trial)
+        low, high = evaluate.bootstrap(one, seed=trial)
         covered += low <= 0.5 <= high
         _, low, high = evaluate.paired(one, other)
         held += low <= 0 <= high
@@ -1452,218 +2276,132 @@ def test_measure_by_hand():
     assert (found["finished"], found["length"], found["problems"]) == (0.75, 5.0, 2)
 
 
-class TwoTokens(torch.nn.Module):
-    """A 'language model' that always gives EOS (token 0) with chance p, token 1 otherwise."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.config, self._no_split_modules = SimpleNamespace(), []
-        self.table = torch.nn.Linear(1, 2, bias=False)
-        self.table.weight.data = torch.tensor([[math.log(p)], [math.log(1 - p)]])
-
-    def base_model(self, input_ids, use_cache):
-        return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
-
-    def get_output_embeddings(self):
-        return self.table
-
-
 def test_kl_is_the_closed_form(monkeypatch):
-    """Answers of length 1 + Geometric(p): KL(p ‖ q) per answer = KL of one token / p; and 0 to itself."""
+    """Completions of length 1 + Geometric(p): KL(p ‖ q) per completion = KL of one token / p; and 0 to itself."""
     p, q, rng = 0.4, 0.7, random.Random(0)
-    tokens = []
+    written = []
     for _ in range(20_000):
-        answer = []
-        while not answer or answer[-1] != 0:
-            answer.append(0 if rng.random() < p else 1)
-        tokens.append(answer)
-    rows = [dict(id=str(i), tokens=tokens[i * 20 : i * 20 + 20], finished=[True] * 20) for i in range(1000)]
-    monkeypatch.setattr(evaluate, "load_model", lambda args, device, dtype: TwoTokens(args.model))
-    args = SimpleNamespace(model=p, reference=q, dtype="float32", temperature=1.0, tokens_per_microbatch=4096)
+        tokens = []
+        while not tokens or tokens[-1] != 0:
+            tokens.append(0 if rng.random() < p else 1)
+        written.append(tokens)
+    rows = [dict(id=str(i), tokens=written[i * 20 : i * 20 + 20], finished=[True] * 20) for i in range(1000)]
+    monkeypatch.setattr(evaluate, "load_model", lambda model, revision, dtype, device: TwoTokens(model))
+    args = SimpleNamespace(model=p, reference=q, revision=None, dtype="float32", temperature=1.0,
+                           tokens_per_microbatch=4096)
     prompts = {str(i): [1, 1] for i in range(1000)}
     one_token = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    found = evaluate.divergence(rows, p, args, prompts, "cpu")
+    found = evaluate.divergence(rows, prompts, args, "cpu")
     assert found["kl_low"] < one_token / p < found["kl_high"]
     assert found["kl"] == pytest.approx(one_token / p, rel=0.03)
     assert found["kl_per_token"] == pytest.approx(one_token, rel=0.03)
     args.reference = p
-    assert evaluate.divergence(rows, p, args, prompts, "cpu")["kl"] == 0
+    assert evaluate.divergence(rows, prompts, args, "cpu")["kl"] == 0
 
 
-def evaluation(out, *more, command=run, models=("tiny/model",), **keywords):
-    return command("evaluate.py", "--model", *models, "--data=tiny/test.jsonl", "--suffix=", "--max_new_tokens=64", "--samples=4",
-                   "--limit=96", "--chunk=16", "--engine=transformers", f"--out={out}", *more, **keywords)
-
-
+@whole
 def test_evaluation_end_to_end(trained, tmp_path):
     both = ["tiny/model", str(trained[0] / "model")]
-    done = evaluation(tmp_path / "a", "--reference=tiny/model", "--show=2", models=both)
+    command = lambda name, *more: evaluation(tmp_path / name, "--reference=tiny/model", *more, models=both)
+    done = inside(*command("a", "--show=2"))
     results = json.loads((tmp_path / "a/results.json").read_text())
     before, after = (results[model]["tiny/test.jsonl"] for model in both)
-    assert before["kl"] == 0 and after["kl"] > 0.01 and 0.25 < before["low"] < before["accuracy"] < before["high"] < 0.55
+    assert before["kl"] == 0 and after["kl"] > 0.01
+    assert 0.25 < before["low"] < before["accuracy"] < before["high"] < 0.55
     assert after["difference"][0] == pytest.approx(after["accuracy"] - before["accuracy"])
     for words in ("pass@4", "maj@4", "KL/token", "against tiny/model", "wrong answers of tiny/model", "the gold"):
         assert words in done.stdout
     assert (tmp_path / "a/accuracy.png").stat().st_size > 3000
     # two processes, and one that is killed and started again, write the same
-    evaluation(tmp_path / "b", "--reference=tiny/model", command=lambda *c: torchrun(2, *c), models=both)
-    process = subprocess.Popen([sys.executable, *evaluation(tmp_path / "c", "--reference=tiny/model", models=both,
-                                                            command=lambda *c: map(str, c))],
-                               cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list((tmp_path / "c").glob("*.parts/*.jsonl"))) < 2:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    evaluation(tmp_path / "c", "--reference=tiny/model", models=both)
+    torchrun(2, *command("b"))
+    process = start(*command("c"))
+    wait_until(lambda: list((tmp_path / "c").glob("*.parts/*.jsonl")), process)
+    kill(process)
+    assert list((tmp_path / "c").glob("*.parts")) and not (tmp_path / "c/results.json").exists()
+    inside(*command("c"))
     for name in [path.name for path in (tmp_path / "a").glob("*.json*")]:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+        one, two, three = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+        assert one == two == three
 
 
 def test_greedy_evaluation(tmp_path):
-    evaluation(tmp_path, "--temperature=0", "--samples=1")
+    inside(*evaluation(tmp_path, "--temperature=0", "--samples=1", "--limit=96"))
     (found,) = json.loads((tmp_path / "results.json").read_text())["tiny/model"].values()
     assert found["n"] == 1 and found["finished"] == 1.0
 
 
 @pytest.mark.parametrize("more,words", [
-    (["--samples=0"], ["--n 0"]), (["--data=nonsense"], ["unknown data set 'nonsense'"]), (["--temperature=0"], ["--n 1"]),
-    (["--limit=0"], ["--limit"]), (["--model=./nowhere"], ["./nowhere", "no such folder"]),
+    (["--samples=0"], ["--samples", "0 is too small"]),
+    (["--data=nonsense"], ["unknown data set 'nonsense'"]),
+    (["--temperature=0"], ["--samples 1"]),
+    (["--temperature=0", "--samples=1", "--reference=tiny/model"], ["without --reference"]),
+    (["--limit=0"], ["--limit", "0 is too small"]),
+    (["--model=./nowhere"], ["./nowhere", "no such folder"]),
+    (["--n=2"], ["unrecognized arguments: --n=2"]),
 ])
-def test_evaluation_refuses(more, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(sys, "argv", evaluation(tmp_path / "o", *more, command=lambda *c: list(map(str, c))))
-    ends_in_one_line(capsys, evaluate.main, *words)
+def test_evaluation_refuses(more, words, tmp_path):
+    refused(inside(*evaluation(tmp_path / "o", *more), check=False), *words)
     assert not (tmp_path / "o").exists()
 
 
-def test_model_without_weights_and_torn_answers(tmp_path, monkeypatch, capsys):
-    for path in (HERE / "tiny/model").iterdir():
-        if path.suffix == ".json":
-            (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(HERE)
-    argv = evaluation(tmp_path / "o", models=(tmp_path,), command=lambda *c: list(map(str, c)))
-    monkeypatch.setattr(sys, "argv", argv)
-    ends_in_one_line(capsys, evaluate.main, str(tmp_path), "model.safetensors")
-    monkeypatch.setattr(sys, "argv", evaluation(tmp_path / "p", command=lambda *c: list(map(str, c))))
-    evaluate.main()
+def test_an_evaluation_goes_on_only_with_its_settings(tmp_path):
+    """All but what is shown, and --reference where the tokens were kept."""
+    command = lambda *more: evaluation(tmp_path, "--limit=8", "--samples=2", *more)
+    inside(*command("--reference=tiny/model"))
+    refused(inside(*command("--reference=tiny/model", "--temperature=0.5"), check=False),
+            "--temperature (was 1.0, now 0.5)")
+    refused(inside(*command(), check=False), " keeps_tokens (was True, now False)")
+    inside(*command("--reference=tiny/model", "--show=1", "--tokens_per_microbatch=99"))
+
+
+def test_model_without_weights_and_torn_answers(tmp_path):
+    (tmp_path / "model").mkdir()
+    for path in (HERE / "tiny/model").glob("*.json"):
+        (tmp_path / "model" / path.name).symlink_to(path)
+    refused(inside(*evaluation(tmp_path / "o", models=[tmp_path / "model"]), check=False), str(tmp_path / "model"),
+            "model.safetensors")
+    command = evaluation(tmp_path / "p", "--limit=96", "--samples=1")
+    inside(*command)
     (path,) = (tmp_path / "p").glob("*test.jsonl.jsonl")
     path.write_text(path.read_text()[:-40])
-    capsys.readouterr()
-    ends_in_one_line(capsys, evaluate.main, path.name, "line 96", "--overwrite")
+    refused(inside(*command, check=False), path.name, "line 96", "--overwrite")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the plan
-
-
-@pytest.mark.parametrize("kind,recompute,budget", [("Qwen2", "yes", 4096), ("Qwen2", "no", 4096), ("Llama", "yes", 1024),
-                                                   ("GPT2", "yes", 2048)])
-def test_plan_is_what_an_update_allocates(kind, recompute, budget):
-    """Weights, gradients, optimizer, reference, activations: two real updates, every allocation counted."""
-    args = settings(tokens_per_microbatch=budget, checkpoint_activations=recompute, engine="transformers", batch=1,
-                    offload_reference=False)
-    make = lambda: small_model(4000, kind, hidden=128, layers=4)
-    rng = random.Random(0)
-    samples = [train.Sample(dict(id=str(i), tokens=[rng.randrange(4000) for _ in range(20)], vstar=0.5, rewards=[1.0]),
-                            Completion([rng.randrange(4000) for _ in range(108)], True, [-1.0] * 108), "", 1.0) for i in range(64)]
-    config = make().config
-    with plan.Live() as live:
-        policy, reference = train.Policy(make(), recompute == "yes"), train.Policy(make()).requires_grad_(False)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-        for _ in range(2):
-            known = train.targets(policy, reference, None, samples, args, torch.device("cpu"))
-            train.update(policy, optimizer, samples, known, 64, args, torch.device("cpu"))
-    shape = plan.Shape(config, sum(p.numel() for p in policy.parameters()), 0, 0, 0)
-    parts = plan.memory(shape, args, 1, None, torch.float32, 128)
-    assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
-    assert parts["AdamW (fp32)"] * 2**30 == 8 * shape.total and parts["gathered by FSDP"] == 0
-    assert parts["kept activations"] + parts["head's chunk, or a block at work"] > 0.2 * plan.peak(parts)  # not only weights
-
-
-def test_plan_of_shards_by_hand(tmp_path):
-    """Four GPUs hold a quarter of everything that is sharded; bf16 gathers two bytes a weight and sums gradients in four."""
-    small_model(4000, hidden=128, layers=4).config.save_pretrained(tmp_path)  # the config alone, no weights
-    args = settings(tokens_per_microbatch=1024, checkpoint_activations="auto", engine="vllm", batch=1, offload_reference=False,
-                    model=str(tmp_path), revision=None, gpu_memory=0.5)
-    shape = plan.load_shape(args)
-    # embedding and head of 4000 × 128, and the last norm; a block: 4 attention matrices, 3 biases, 3 of the MLP, 2 norms
-    assert shape.rest == 2 * 4000 * 128 + 128
-    assert shape.block == (2 * 128 * 128 + 2 * 128 * 64) + (128 + 64 + 64) + 3 * 128 * 256 + 2 * 128
-    assert shape.total == shape.rest + 4 * shape.block and shape.read == shape.total - 4000 * 128
-    parts = {name: size * 2**30 for name, size in plan.memory(shape, args, 4, "H100", torch.bfloat16, 128).items()}
-    assert parts["weights (fp32)"] == parts["gradients (fp32)"] == shape.total and parts["AdamW (fp32)"] == 2 * shape.total
-    assert parts["reference"] == shape.total / 2 and parts["sampling"] == 40 * 2**30
-    assert parts["gathered by FSDP"] == 2 * (2 * shape.block + shape.rest) + 6 * (shape.block + shape.rest)
-    assert plan.cache_per_token(shape, torch.bfloat16) == 2 * 4 * 64 * 2  # keys and values, layers, a head of two, bytes
-
-
-def test_plan_of_seconds_by_hand():
-    """16 H100s on two nodes and a model of 10⁹ weights: two layers, 16 heads of 64, keys and values too."""
-    config = transformers.Qwen2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=16,
-                                      vocab_size=1000)
-    shape = plan.Shape(config, 10**9, 5 * 10**8, 0, 10**9)
-    args = settings(batch_size=256, engine="transformers", batch=256, checkpoint_activations="auto",
-                    tokens_per_microbatch=2400)
-    found = plan.step_floor(shape, args, 16, "H100", torch.bfloat16, 100, 200, 400)
-    ring = 1e9 * 15 / 16 / (8 * 50e9)  # eight cards leave a node, NVLink within it is quicker
-    cache = 2 * 2 * 1024 * 2  # bytes a token: keys and values, layers, width, bf16
-    # each GPU: 16 answers; 400 times all weights, and the keys and values of 100 to 300 tokens, 200 on average, 200 times
-    assert found["sampling"] == pytest.approx((400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12 + 2 * ring)
-    forward = 16 * (2e9 * 300 + 2 * 1000 * 1024 * 200 + 2 * 2 * 1024 * 300**2) / 989e12
-    assert found["reference"] == pytest.approx(forward) and found["update"] == pytest.approx(4 * forward)
-    # two micro-batches: the policy's weights twice in bf16 and their gradients in fp32, π_ref's weights once
-    assert found["communication"] == pytest.approx(2 * (2 + 2 + 4 + 2) * ring)
-    args.algo = "ppo"  # a critic learns too; its values and the old log-probabilities are two passes more
-    both = plan.step_floor(shape, args, 16, "H100", torch.bfloat16, 100, 200, 400)
-    assert both["update"] == pytest.approx(8 * forward) and both["reference"] == pytest.approx(3 * forward)
-
-
-def test_plan_says_what_would_fit(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(dict(
-        model_type="qwen2", hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-        intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)))
-    planned = lambda *more: run("train.py", f"--model={tmp_path}", *more).stdout
-    said = planned("--plan=8xH100")
-    assert "7,615,616,512 parameters" in said and "it fits" in said
-    assert "it would with 4 GPUs\n" in planned("--plan=1xH100")
-    assert "it would with --gpu_memory 0.2\n" in planned("--plan=8xH100", "--gpu_memory=0.1")
-    largest = int(said.split("about --tokens_per_microbatch ")[1].split()[0].replace(",", ""))
-    for tokens, words in ((0.97 * largest, "it fits"), (1.03 * largest, "it does not fit; it would with --tokens_per_microbatch")):
-        assert words in planned("--plan=8xH100", f"--tokens_per_microbatch={int(tokens)}")
-    stage1 = run("vstar.py", f"--model={tmp_path}", "--data=math", "--plan=8xH100").stdout
-    assert "14.19 GiB" in stage1 and "it fits" in stage1  # 7.6 billion weights of two bytes
-    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and values of 57,344 bytes a
-    # token, 456 tokens on average, are 27.9 TB, read in 8.3 s; the products of 2 × 7.07 billion × 512,000 take 7.3 s
-    assert "at least 0.1 minutes, 0.02 GPU hours" in stage1
-    assert "--plan 8xT800" in run("train.py", f"--model={tmp_path}", "--plan=8xT800", check=False).stderr
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the embedded world
+# tiny/: the embedded world
 
 
 def test_tiny_world():
-    train, test = (rewards.load_problems(str(HERE / f"tiny/{split}.jsonl")) for split in ("train", "test"))
-    assert len(train) >= 1024 and len(test) == 512
-    assert not {p["question"] for p in train} & {p["question"] for p in test}
-    for problem in train + test:
+    taught, tested = (rewards.load_problems(str(HERE / f"tiny/{split}.jsonl")) for split in ("train", "test"))
+    assert len(taught) >= 1024 and len(tested) == 512
+    assert not {p["question"] for p in taught} & {p["question"] for p in tested}
+    for problem in taught + tested:
         a, b = problem["question"].rstrip("=").split("+")
         assert int(a) + int(b) == int(problem["answer"])
     assert sum(f.stat().st_size for f in (HERE / "tiny").rglob("*") if "__pycache__" not in f.parts) < 2_000_000
 
 
+@pytest.mark.parametrize("name,parser", [("vstar", vstar.make_parser()), ("train", train.make_parser(train.APO)),
+                                         ("evaluate", evaluate.make_parser())])
+def test_recipes_are_read(name, parser, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    assert vstar.read_flags(parser, name).decode_rows >= 512
+
+
+@whole
 def test_make_makes_the_same_files_twice(tmp_path):
-    for name in ("a", "b"):
-        run("tiny/make.py", "--steps=3", "--train=20", "--test=10", "--digits", 2, 5, "--hidden=64", f"--out={tmp_path / name}")
+    small = ["--steps=3", "--train=20", "--test=10", "--digits", 2, 5, "--hidden=64"]
+    both = [start("tiny/make.py", *small, f"--out={tmp_path / name}") for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert {"train.jsonl", "test.jsonl", "vstar.args"} <= {str(f) for f in files}
     for file in files:
-        left, right = ((tmp_path / name / file).read_bytes() for name in ("a", "b"))
+        left, right = ((tmp_path / name / file).read_bytes() for name in "ab")
         assert left == right.replace(bytes(tmp_path / "b"), bytes(tmp_path / "a")), file
 
 
-def test_worked_demonstrations():
-    sys.path.insert(0, str(HERE / "tiny"))
+def test_worked_demonstrations(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "tiny")
     import make
 
     assert make.worked(random.Random(0), 482, "+", 795, 0) == "2+5=7;8+9=17;4+7+1=12;\\boxed{1277}"
@@ -1679,85 +2417,69 @@ def test_worked_demonstrations():
 # the real vLLM, where it can run
 
 
-@pytest.fixture(scope="module")
-def vllm_engine():
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    engine, why = vstar.pick_engine("auto")
-    if engine != "vllm":
-        pytest.skip(why)
-    make = lambda temperature: vstar.VLLMSampler(str(HERE / "tiny/model"), None, "float32", [0], 64, temperature, 0, 128,
-                                                 0.3, logps=True)
-    one = make(1.0)
-    return SimpleNamespace(sampler=one, prompts=[rewards.encode(tiny_tokenizer(), p["question"], False) for p in
-                                                 rewards.load_problems(str(HERE / "tiny/test.jsonl"))[:128]])
-
-
-def tiny_tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(HERE / "tiny/model")
-
-
-def tiny_model():
-    return transformers.AutoModelForCausalLM.from_pretrained(HERE / "tiny/model").eval()
-
-
-def test_vllm_greedy_answers_are_transformers(vllm_engine):
-    theirs = sampler(tiny_model(), 64, temperature=0).generate(vllm_engine.prompts, 1, [0] * 128)
-    sampling = vllm_engine.sampler.sampling
-    vllm_engine.sampler.sampling = {**sampling, "temperature": 0.0}
-    ours = vllm_engine.sampler.generate(vllm_engine.prompts, 1, [0] * 128)
-    vllm_engine.sampler.sampling = sampling
+@whole
+def test_vllm_greedy_completions_are_transformers(vllm_engine):
+    theirs = sampler_of(tiny_model(), 64, temperature=0).generate(vllm_engine.prompts, 1, [0] * 128)
+    with mock.patch.dict(vllm_engine.sampler.sampling, temperature=0.0):
+        ours = vllm_engine.sampler.generate(vllm_engine.prompts, 1, [0] * 128)
     assert [c[0].tokens for c in ours] == [c[0].tokens for c in theirs]
     assert all(c[0].finished and c[0].tokens[-1] == 0 for c in ours)
 
 
+@whole
 def test_vllm_logps_are_a_forward_pass(vllm_engine):
     model = tiny_model()
-    answers = vllm_engine.sampler.generate(vllm_engine.prompts, 2, list(range(128)))
-    assert len({tuple(c.tokens) for copies in answers for c in copies}) > 200
-    assert any(copies[0].tokens != copies[1].tokens for copies in answers)
-    for prompt, copies in zip(vllm_engine.prompts, answers):
+    completions = vllm_engine.sampler.generate(vllm_engine.prompts, 2, list(range(128)))
+    assert len({tuple(c.tokens) for copies in completions for c in copies}) > 200
+    assert any(copies[0].tokens != copies[1].tokens for copies in completions)
+    for prompt, copies in zip(vllm_engine.prompts, completions):
         for copy in copies:
             logits = model(torch.tensor([prompt + copy.tokens])).logits[0, len(prompt) - 1 : -1]
             plain = logits.log_softmax(-1).gather(-1, torch.tensor(copy.tokens)[:, None])[:, 0]
             torch.testing.assert_close(plain, torch.tensor(copy.logps), atol=1e-3, rtol=0)
 
 
-def test_vllm_same_seed_same_answer(vllm_engine):
-    tokens = [[[c.tokens for c in copies] for copies in vllm_engine.sampler.generate(vllm_engine.prompts[:16], 2, seeds)]
-              for seeds in (range(16), range(16), range(100, 116))]
+@whole
+def test_vllm_same_seed_same_completion(vllm_engine):
+    written = [vllm_engine.sampler.generate(vllm_engine.prompts[:16], 2, seeds)
+               for seeds in (range(16), range(16), range(100, 116))]
+    tokens = [[[copy.tokens for copy in copies] for copies in completions] for completions in written]
     assert tokens[0] == tokens[1] != tokens[2]
 
 
+@whole
 def test_vllm_takes_new_weights(vllm_engine):
     model = tiny_model()
     old = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * parameter.std())
-    vllm_engine.sampler.load(model.state_dict().items())
-    for copies, prompt in zip(vllm_engine.sampler.generate(vllm_engine.prompts[:32], 1, range(32)), vllm_engine.prompts):
+    # as train.py gives them: under vLLM's names, the tied head twice
+    vllm_engine.sampler.load(train.Policy(model).full_weights())
+    completions = vllm_engine.sampler.generate(vllm_engine.prompts[:32], 1, range(32))
+    for copies, prompt in zip(completions, vllm_engine.prompts):
         tokens, logps = copies[0].tokens, torch.tensor(copies[0].logps)
-        for weights, agree in ((model, True), (tiny_model(), False)):
-            logits = weights(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        for some_model, agree in ((model, True), (tiny_model(), False)):
+            logits = some_model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
             plain = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
             assert ((plain - logps).abs().max() < 1e-4) == agree  # the new weights, and not the old
     vllm_engine.sampler.load(old.items())
 
 
-def test_vllm_stage1_accuracy(vllm_engine, tmp_path):
+@whole
+def test_vllm_stage1_accuracy(vllm_engine, all_rows, tmp_path):
     run("vstar.py", *TINY[:-1], "--engine=vllm", f"--out={tmp_path / 'v.jsonl'}")
-    run("vstar.py", *TINY, "--batch=1024", f"--out={tmp_path / 't.jsonl'}")
-    v, t = (np.array([json.loads(line)["rewards"] for line in (tmp_path / name).read_text().splitlines()]).mean(1)
-            for name in ("v.jsonl", "t.jsonl"))
+    v, t = (np.array([row["rewards"] for row in read_jsonl(path)]).mean(1) for path in (tmp_path / "v.jsonl", all_rows))
     assert abs((v - t).mean()) < 4 * (v - t).std() / math.sqrt(len(v))  # the same prompts: a paired difference
 
 
+@long
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_vllm_trains_like_transformers(vllm_engine, stage1_whole, tmp_path, ranks):
+def test_vllm_trains_like_transformers(vllm_engine, all_rows, tmp_path, ranks):
     """Ten steps; after each update the engine samples from the new weights, or `mismatch` would say so."""
-    more = ["--steps=10", "--batch_size=128", "--eval_limit=256", "--eval_every=10", "--save_every=99", "--batch=512", "--warmup=3",
-            "--tokens_per_microbatch=16384"]
-    torchrun(ranks, *flags(stage1_whole, tmp_path / "v", *more, "--engine=vllm"))
+    more = ["--steps=10", "--batch_size=128", "--eval_limit=256", "--eval_every=10", "--save_every=99",
+            "--decode_rows=512", "--warmup=3", "--tokens_per_microbatch=16384"]
+    torchrun(ranks, *stage2(all_rows, tmp_path / "v", *more, "--engine=vllm"))
     rows = metrics(tmp_path / "v")
     assert all(0 < row["mismatch"] < 1e-4 for row in rows[1:])
     assert rows[-1]["log_ratio_abs"] > 0.1  # so old weights would be off by far more than that
@@ -1765,24 +2487,28 @@ def test_vllm_trains_like_transformers(vllm_engine, stage1_whole, tmp_path, rank
         # the finished model loads in vLLM as it is
         out = tmp_path / "again.jsonl"
         run("vstar.py", f"--model={tmp_path / 'v/model'}", *TINY[1:-1], "--engine=vllm", "--limit=128", f"--out={out}")
-        again = np.mean([row["rewards"] for row in map(json.loads, out.read_text().splitlines())])
+        again = np.mean([row["rewards"] for row in read_jsonl(out)])
         assert abs(again - rows[-1]["accuracy"]) < 0.12
-        torchrun(ranks, *flags(stage1_whole, tmp_path / "t", *more))
-        assert abs(rows[-1]["accuracy"] - metrics(tmp_path / "t")[-1]["accuracy"]) < 0.12  # 256 problems: 3 standard errors
+        torchrun(ranks, *stage2(all_rows, tmp_path / "t", *more))
+        theirs = metrics(tmp_path / "t")[-1]["accuracy"]
+        assert abs(rows[-1]["accuracy"] - theirs) < 0.12  # 256 problems: 3 standard errors
 
 
-def test_vllm_with_old_weights_is_noticed(vllm_engine, stage1_whole, tmp_path):
-    stale = "import runpy, sys, vstar; vstar.VLLMSampler.load = lambda *_: None; runpy.run_path('train.py', run_name='__main__')"
+@whole
+def test_vllm_with_old_weights_is_noticed(vllm_engine, all_rows, tmp_path):
+    stale = ("import runpy, vstar; vstar.VLLMSampler.load = lambda *_: None; "
+             "runpy.run_path('train.py', run_name='__main__')")
     more = ["--steps=10", "--batch_size=128", "--eval_every=99", "--engine=vllm"]
-    done = run("-c", stale, *flags(stage1_whole, tmp_path, *more)[1:], check=False)
+    done = run("-c", stale, *stage2(all_rows, tmp_path, *more)[1:], check=False)
     assert done.returncode == 2 and "does it still hold old weights" in done.stderr, done.stderr[-2000:]
 
 
+@long
 def test_vllm_evaluates_two_models(vllm_engine, trained, tmp_path):
     models = ["tiny/model", str(trained[0] / "model")]
-    evaluation(tmp_path / "v", "--engine=vllm", "--limit=128", "--overwrite", models=models)
-    evaluation(tmp_path / "t", "--limit=128", models=models)
+    run(*evaluation(tmp_path / "v", "--engine=vllm", "--limit=128", models=models))
+    run(*evaluation(tmp_path / "t", "--limit=128", models=models))
     v, t = (json.loads((tmp_path / name / "results.json").read_text()) for name in "vt")
     for model in models:
         (ours,), (theirs,) = v[model].values(), t[model].values()
-        assert abs(ours["accuracy"] - theirs["accuracy"]) < 0.1  # 128 problems × 4 answers
+        assert abs(ours["accuracy"] - theirs["accuracy"]) < 0.1  # 128 problems × 4 completions

@@ -1,18 +1,18 @@
 """A*-PO, Stage 1: how well could one do on each prompt?   (arXiv 2505.20686)
 
-For every prompt x the reference policy π_ref writes N answers, each is graded r ∈ {0, 1}, and
+For every prompt x the reference policy π_ref writes N answers. Each is graded with a reward r, 0 or 1. Then
 
     V̂*(x) = β1 ln( 1/N Σ_i exp( r_i / β1 ) )
 
-estimates the value of the *optimal* KL-regularised policy, offline and once. That is what PPO's critic and GRPO's groups
-estimate over and over while they train; Stage 2 (train.py) then needs a single answer per prompt.
+estimates the value of the *optimal* KL-regularised policy, offline and once. PPO's critic and GRPO's groups estimate a
+value over and over while they train. Here that is done beforehand, so Stage 2 (train.py) needs one answer per prompt.
 
-    python vstar.py                                            the embedded world, on any CPU
-    python vstar.py --model Qwen/Qwen2.5-1.5B --data math      a real model, the paper's settings
-    torchrun --nproc_per_node 8 vstar.py --model …             the same file from eight GPUs
+    python vstar.py                                                                   the embedded world, on any CPU
+    python vstar.py --model Qwen/Qwen2.5-1.5B --data math --out out/1.5B/vstar.jsonl  a real model, the paper's settings
+    torchrun --nproc_per_node 8 vstar.py --model …                                    the same file from eight GPUs
 
-Written: out/vstar.jsonl (a row a prompt), out/vstar.config.json (the settings), out/vstar.png. Killed at any moment, the
-same command goes on where it stopped.
+It writes out/vstar.jsonl (a row a prompt), out/vstar.config.json (the settings) and out/vstar.png. When it was killed,
+the same command goes on where it stopped.
 """
 
 import argparse
@@ -24,51 +24,37 @@ import os
 import shutil
 import sys
 import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rewards import encode, fail, load_problems, make_prompt, reward, suffix_of
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-
+CHUNK = 128  # prompts that are sampled and saved at a time
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 1: settings, the estimate, the answers that it needs
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description="A*-PO, Stage 1: estimate V*(x) with N answers a prompt from π_ref.",
-                                     formatter_class=Help, fromfile_prefix_chars="@")
-    add_model_flags(parser)
-    add = parser.add_argument
-    add("--data", required=True, help="problems: .jsonl, .json or .parquet, a name (gsm8k, math, …), or a hub id")
-    add("--split", default="train", help="of a data set on the hub")
-    add("--question_field", default="question", help="the field of a row that holds the question")
-    add("--answer_field", default="answer", help="the field that holds the answer")
-    add("--limit", type=int, help="only the first so many problems")
-    add("--n", "--samples", type=int, default=8, help="N, the answers per prompt (torchrun takes --n for one of its own)")
-    add("--beta1", type=float, default=0.5, help="β1 of V̂*: inf is the mean reward, towards 0 the best of the N")
-    add("--tensor_parallel", type=int, default=1, help="GPUs that one vLLM engine is spread over")
-    add("--chunk", type=int, default=128, help="prompts that are sampled and saved at a time")
-    add("--out", type=Path, default=Path("out/vstar.jsonl"), help="where the rows go; settings and picture beside it")
-    add("--overwrite", action="store_true", help="throw away what an earlier run with other settings left there")
-    add("--plan", nargs="?", const="", metavar="8xH100", help="only print what it would need there (default: here)")
-    return read_flags(parser, "vstar", "n", "beta1", "chunk", "batch", "max_new_tokens", "limit")
+# Stage 1
 
 
 def estimate_vstar(rewards, beta1):
     """V̂* = β1 ln( 1/N Σ exp(r_i/β1) ) over the last axis.   A*-PO, eq. for V̂*; (…, N) → (…)
 
-    Shifted by the maximum, and with expm1/log1p because a large β1 asks for ln(1 + something tiny): exact from
-    β1 → 0 (the best of the N) to β1 = inf (their mean).
+    It is exact from β1 → 0 (the best of the N) to β1 = inf (their mean). The best is subtracted first, or exp would
+    overflow for a small β1. expm1 and log1p keep the digits of a large β1, where it is ln(1 + something tiny).
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if math.isinf(beta1):
@@ -77,124 +63,118 @@ def estimate_vstar(rewards, beta1):
     return best[..., 0] + beta1 * np.log1p(np.expm1((rewards - best) / beta1).mean(-1))
 
 
+def make_parser():
+    parser = Flags("A*-PO, Stage 1: estimate V*(x) from N answers per prompt by π_ref.")
+    add_policy_flags(parser)
+    add = parser.group("algorithm")
+    add("--samples", 8, "N, the answers per prompt")
+    add("--beta1", 0.5, "β1 of V̂*; inf is the mean reward, towards 0 the best of the N")
+    add_machine_flags(parser)
+    add = add_problem_flags(parser, split="train")
+    add("--out", Path("out/vstar.jsonl"), "the file of rows; settings and picture go beside it")
+    return parser
+
+
 def main():
-    args = parse_args()
-    if args.plan is not None:
-        from plan import plan_stage1
-
-        return plan_stage1(args, args.limit or 1000, 200)
-    device = own_devices(args.tensor_parallel)
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if RANK > 0:
-        meet("files")  # the first process reports what is wrong, downloads and prepares; the others follow
-    problems = load_problems(args.data, args.split, args.question_field, args.answer_field)[: args.limit]
-    suffix = suffix_of(args.data) if args.suffix is None else args.suffix
-    tokenizer, eos, window = load_tokenizer(args)
-    ask(problems, tokenizer, window, suffix, args)
-    engine, why = pick_engine(args.engine)
-    # the settings that decide what the rows say, as opposed to those that decide how fast they come
-    settings = dict(model=args.model, revision=args.revision, dtype=args.dtype, data=args.data, split=args.split,
-                    question_field=args.question_field, answer_field=args.answer_field, limit=args.limit,
-                    suffix=suffix, chat=args.chat, temperature=args.temperature, max_new_tokens=args.max_new_tokens,
-                    n=args.n, beta1=args.beta1, seed=args.seed, engine=engine, chunk=args.chunk,
-                    **contents(args.model, problems))
+    args = read_flags(make_parser(), "vstar")
+    device = start_process(args, args.tensor_parallel)
+    with first_process_first():
+        problems, tokenizer, eos = prepare(args)
+        args.engine, why = pick_engine(args.engine)
+        if RANK == 0:
+            guard_rows(args, problems)
+            print(f"Stage 1: {len(problems)} problems of {args.data}, N = {args.samples} answers each from "
+                  f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}")
+    rate = sample_all(args, problems, tokenizer, eos, device, args.beta1)
     if RANK == 0:
-        check_settings(args.out, settings, args.overwrite)
-        print(f"Stage 1: {len(problems)} problems of {args.data}, N = {args.n} answers each from {args.model}, "
-              f"{engine} ({why}), {WORLD} × {device.type} {args.dtype}")
-        meet("files")
-    longest = max(len(problem["tokens"]) for problem in problems)
-    rate = sample_all(args, args.out, problems, tokenizer,
-                      lambda: make_sampler(args, engine, eos, longest + args.max_new_tokens, device))
-    if RANK == 0:
-        rows = read_rows(args.out)
+        rows, png = read_rows(args.out), args.out.with_suffix(".png")
         print(summary(rows, args.beta1, rate))
-        histogram(rows, args.out.with_suffix(".png"))
-        print(f"→ {args.out}, {args.out.with_suffix('.png')}")
+        histogram(rows, png)
+        print(f"→ {args.out}, {png}")
 
 
-def sample_all(args, out, problems, tokenizer, start_sampler):
-    """N graded answers to each problem, by all processes together, as one file of rows sorted by id. What a killed run saved is
-    kept. Returns the tokens per second of all processes, None where nothing was left to do."""
-    parts, done = out.with_suffix(".parts"), out.exists()
-    # longest first: what does not fit into memory fails at once, and a chunk's prompts are of one length
+def prepare(args):
+    """The problems that `args` names, with their prompts in tokens; the tokenizer; the ids that end an answer."""
+    problems = load_problems(args.data, args.split, args.question_field, args.answer_field)[: args.limit]
+    if args.suffix is None:
+        args.suffix = suffix_of(args.data)
+    return problems, *ask(problems, args)
+
+
+def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_tokens=False):
+    """N graded completions of each prompt, by all processes together, as one file of rows sorted by id, args.out.
+
+    The prompts are sampled in chunks, and a chunk is a file that appears whole. So what a killed run has saved is kept.
+    Returns the tokens per second of all processes, or None where nothing was left to do.
+    """
+    # the longest prompts first: what does not fit into memory fails at once, and a chunk's prompts are of like length
     problems = sorted(problems, key=lambda problem: (-len(problem["tokens"]), problem["id"]))
-    chunks = [problems[start : start + args.chunk] for start in range(0, len(problems), args.chunk)]
-    paths = [parts / f"{index:06d}.jsonl" for index in range(len(chunks))]
-    mine = [] if done else list(zip(chunks, paths))[RANK::WORLD]
+    out, parts = args.out, parts_of(args.out)
+    chunks = [(chunk, parts / f"{index:06d}.jsonl") for index, chunk in enumerate(batched(problems, CHUNK))]
+    work = [(chunk, part) for chunk, part in chunks[RANK::WORLD] if not out.exists() and not part.exists()]
     rate = None
-    if not all(path.exists() for _, path in mine):
-        sampler = start_sampler()
-        rate = WORLD * sample_chunks(args, sampler, tokenizer, mine)
+    if work:
+        parts.mkdir(exist_ok=True)
+        sampler = make_sampler(args, eos, problems, device)
+        rate = WORLD * sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens)
         sampler.close()
-    meet(f"sampled {out}")
-    if RANK == 0:
-        if not done:
-            lines = []
-            for path in paths:
-                try:
-                    lines += [(json.loads(line)["id"], line) for line in path.read_text(encoding="utf-8").splitlines()]
-                except (ValueError, KeyError):
-                    fail(f"{path} is not readable; remove it, and the same command samples these answers again")
-            write_whole(out, "".join(line + "\n" for _, line in sorted(lines)))
-        shutil.rmtree(parts)
-    meet(f"merged {out}")
+    barrier(f"sampled {out}")
+    if RANK == 0 and not out.exists():
+        remedy = "remove it, and the same command samples these answers again"
+        rows = [row for _, part in chunks for row in read_rows(part, remedy)]
+        write_rows(out, sorted(rows, key=lambda row: row["id"]))
+    barrier(f"merged {out}")
+    remove(parts)
     return rate
 
 
-def sample_chunks(args, sampler, tokenizer, mine):
-    """Sample, grade and save chunk after chunk; a chunk is a file that appears whole. Returns tokens per second."""
-    work = [(chunk, path) for chunk, path in mine if not path.exists()]
-    total, left = (sum(len(chunk) for chunk, _ in some) for some in (mine, work))
-    bar = tqdm(total=total, initial=total - left, unit="prompt", disable=RANK > 0,
-               desc=f"sampling (1 of {WORLD} shares)" if WORLD > 1 else "sampling")
-    start, tokens, right, answers = time.time(), 0, 0.0, 0
+def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
+    """Sample, grade and save this process's chunks, [(problems, path)]. Returns tokens per second."""
+    start, tokens, graded = time.time(), 0, []
+    bar = tqdm(total=sum(len(chunk) for chunk, _ in work), unit="prompt", disable=RANK > 0,
+               desc="sampling" if WORLD == 1 else f"sampling (1 of {WORLD} shares)")
     asked = [([problem["tokens"] for problem in chunk], [prompt_seed(args.seed, problem["id"]) for problem in chunk])
              for chunk, _ in work]
-    for number, completions in sampler.stream(asked, args.n):
-        (chunk, path), lines = work[number], []
+    for index, completions in sampler.stream(asked, args.samples):
+        (chunk, path), rows = work[index], []
         for problem, copies in zip(chunk, completions):
-            responses = [tokenizer.decode(copy.tokens, skip_special_tokens=True) for copy in copies]
-            rewards = [reward(text, problem["answer"], copy.finished) for text, copy in zip(responses, copies)]
-            row = {
-                "id": problem["id"], "prompt": problem["prompt"], "answer": problem["answer"], "rewards": rewards,
-                "vstar": float(estimate_vstar(rewards, args.beta1)), "lengths": [len(copy.tokens) for copy in copies],
-                "finished": [copy.finished for copy in copies], "responses": responses,
-            }
-            if getattr(args, "keep_tokens", False):  # decoding and encoding again would not give the same
+            responses, rewards = zip(*(grade(tokenizer, problem, copy) for copy in copies))
+            row = {key: problem[key] for key in ("id", "prompt", "answer")}
+            row |= dict(rewards=rewards, vstar=estimate_vstar(rewards, beta1),
+                        lengths=[len(copy.tokens) for copy in copies], finished=[copy.finished for copy in copies],
+                        responses=responses)
+            if keep_tokens:  # text that is encoded again need not give the same tokens
                 row["tokens"] = [copy.tokens for copy in copies]
-            lines.append(json.dumps(row))
-            tokens += sum(len(copy.tokens) for copy in copies)
-            right, answers = right + sum(rewards), answers + args.n
-        write_whole(path, "\n".join(lines) + "\n")
-        bar.set_postfix_str(f"accuracy {right / answers:.3f}, {tokens / (time.time() - start):,.0f} tokens/s", refresh=False)
+            rows.append(row)
+            tokens += sum(row["lengths"])
+            graded += rewards
+        write_rows(path, rows)
+        rate = tokens / (time.time() - start)
+        bar.set_postfix_str(f"accuracy {np.mean(graded):.3f}, {rate:,.0f} tokens/s", refresh=False)
         bar.update(len(chunk))
     bar.close()
-    return tokens / (time.time() - start)
+    return rate
 
 
-def vstar_error(rewards, beta1, n, draws=200, seed=0):
-    """The standard error of V̂* from n answers a prompt, as a root mean square over prompts; rewards (prompts, N).
+# what Stage 1 says of its answers
 
-    A bootstrap: draw n of a prompt's N rewards with replacement, again and again, and see how V̂* scatters. The N seen
-    scatter less than the truth by (N-1)/N, which is put back. Good to a tenth for β1 ≥ 0.5 and N ≥ 8; for a smaller β1
-    it says too little, because a rare right answer that was never seen cannot be drawn.
+
+def vstar_error(rewards, beta1, n):
+    """The standard error of V̂* from n answers, as a root mean square over prompts; rewards (prompts, N), 0 or 1.
+
+    It is an exact bootstrap, without dice. Of n answers drawn from the N seen, Binomial(n, share of right ones) are
+    right, so the scatter is a sum over 0 … n. The N seen scatter less than the truth by (N-1)/N, which is put back. It
+    is good to a tenth for β1 ≥ 0.5 and N ≥ 8. For a smaller β1 it is too low: what was never seen cannot be drawn.
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    prompts, seen = rewards.shape
+    rewards = np.asarray(rewards)
+    seen, share, right = rewards.shape[1], rewards.mean(1, keepdims=True), np.arange(n + 1)
     if seen < 2:
         return math.nan  # one answer says nothing of its own scatter
-    rng = np.random.default_rng(seed)
-    total = np.zeros(prompts)
-    squares = np.zeros(prompts)
-    for _ in range(draws):
-        drawn = np.take_along_axis(rewards, rng.integers(seen, size=(prompts, n)), axis=1)
-        vstar = estimate_vstar(drawn, beta1)
-        total += vstar
-        squares += vstar**2
-    variance = (squares - total**2 / draws) / (draws - 1) * seen / (seen - 1)
-    return math.sqrt(max(variance.mean(), 0.0))
+    vstar = estimate_vstar(np.arange(n) < right[:, None], beta1)  # (n + 1,) if 0, 1, … n of the n are right
+    ways = np.array([math.comb(n, k) for k in right], dtype=np.float64)
+    chance = ways * share**right * (1 - share) ** (n - right)  # (prompts, n + 1)
+    variance = chance @ vstar**2 - (chance @ vstar) ** 2
+    return math.sqrt(max(variance.mean() * seen / (seen - 1), 0.0))
 
 
 def pass_at_k(rewards, k):
@@ -202,25 +182,23 @@ def pass_at_k(rewards, k):
 
     1 - C(wrong, k) / C(N, k), as a product: the chance that k answers drawn without replacement are all wrong.
     """
-    rewards = np.asarray(rewards) > 0
-    n, wrong = rewards.shape[-1], (~rewards).sum(-1)
+    right = np.asarray(rewards) > 0
+    n, wrong = right.shape[-1], (~right).sum(-1)
     return 1 - np.prod([np.clip(wrong - i, 0, None) / (n - i) for i in range(k)], axis=0)
 
 
 def mean_and_interval(values):
-    """The mean and half its 95 % interval; the values are independent prompts' (not answers: those share a prompt)."""
-    values = np.asarray(values, dtype=np.float64)
+    """The mean and half of its 95 % interval, over prompts (not answers: those of one prompt are not independent)."""
+    values = np.asarray(values)
     return values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def summary(rows, beta1, tokens_per_second=None):
+def summary(rows, beta1, rate=None):
     rewards = np.array([row["rewards"] for row in rows])  # (prompts, N)
-    n = rewards.shape[1]
+    n, right = rewards.shape[1], rewards.sum(1)
     accuracy, half = mean_and_interval(rewards.mean(1))
-    right = rewards.sum(1)
-    finished = np.mean([row["finished"] for row in rows])
+    finished, length = (np.mean([row[key] for row in rows]) for key in ("finished", "lengths"))
     none, every = np.mean(right == 0), np.mean(right == n)
-    length = np.mean([row["lengths"] for row in rows])
     error = {k: vstar_error(rewards, beta1, k) for k in (max(1, n // 2), n, 2 * n)}
     lines = [
         f"prompts {len(rows)}, N {n}, β1 {beta1:g}",
@@ -228,150 +206,158 @@ def summary(rows, beta1, tokens_per_second=None):
         "pass@k            " + "  ".join(f"{k}: {pass_at_k(rewards, k).mean():.3f}" for k in range(1, n + 1)),
         f"0/{n} right         {none:.1%} of the prompts      {n}/{n} right  {every:.1%}",
         f"finished          {finished:.1%} of the answers",
-        f"mean length       {length:.1f} tokens" + (f"      {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""),
+        f"mean length       {length:.1f} tokens" + (f"      {rate:,.0f} tokens/s" if rate else ""),
         f"mean V̂*           {np.mean([row['vstar'] for row in rows]):.3f}",
-        "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*, bootstrap)",
+        "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*)",
     ]
     if none > 0.9:
-        lines.append(f"warning: {none:.0%} of the prompts have no right answer, so there is little to learn from. Look at some "
-                     "responses: does the answer stand where the grader looks (--suffix, --chat)? If so the model is too "
-                     "weak for these problems: take easier ones, a stronger model or a larger N.")
+        lines.append(f"warning: {none:.0%} of the prompts have no right answer, so there is little to learn from. Look "
+                     "at some responses. Does the answer stand where the grader looks (--suffix, --chat)? If so, the "
+                     "model is too weak for these problems: take easier ones, a stronger model or more --samples.")
     if finished < 0.9:
-        lines.append(f"warning: {1 - finished:.0%} of the answers were cut off and earn 0. Raise --max_new_tokens; if they "
-                     "ramble on after the answer, the model does not know when to stop: try --chat or another --suffix.")
+        lines.append(f"warning: {1 - finished:.0%} of the answers were cut off and earn 0. Raise --max_new_tokens. If "
+                     "they ramble on, the model does not know when to stop: try --chat or another --suffix.")
     if not error[n] < 0.25:
-        lines.append(f"warning: N = {n} is too small for β1 = {beta1:g}: V̂* is off by {error[n]:.2f} where rewards are 0 or 1. "
-                     "Raise --n or --beta1.")
+        lines.append(f"warning: N = {n} is too small for β1 = {beta1:g}: V̂* is off by {error[n]:.2f}, and rewards are "
+                     "0 or 1. Raise --samples or --beta1.")
     return "\n".join(lines)
 
 
 def histogram(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rewards = np.array([row["rewards"] for row in rows])
-    n = rewards.shape[1]
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    counts = np.bincount((rewards > 0).sum(1), minlength=n + 1)
-    axes.bar(range(n + 1), counts, color=["#b44"] + ["#48a"] * (n - 1) + ["#4a6"] * (n > 0))
-    axes.set(xlabel=f"right answers of N = {n}", ylabel="prompts", xticks=range(0, n + 1, max(1, n // 8)),
-             title=f"π_ref is right {rewards.mean():.1%} of the time")
-    axes.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(path.name + ".tmp")
-    figure.savefig(aside, dpi=150, format="png")
-    os.replace(aside, path)
+    right = [int(sum(row["rewards"])) for row in rows]
+    counts = enumerate(np.bincount(right, minlength=len(rows[0]["rewards"]) + 1))
+    picture(path, [{"right answers": k, "prompts": count} for k, count in counts], ["right answers"], [["prompts"]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the sampler: generate(prompts, n, seeds), load(named_tensors), sleep(), wake(), with two engines
+# the sampler, with two engines: generate(prompts, n, seeds), stream(chunks, n), holding(policy), close()
 
 
 class Completion(NamedTuple):
     tokens: list  # what was sampled, up to and including the EOS
     finished: bool  # did it end with EOS, or was it cut off?
-    logps: list  # ln π of each token at the sampling temperature
+    logps: list  # ln π of each token at the sampling temperature (vLLM: in training alone)
+
+
+def make_sampler(args, eos, prompts, device, training=False):
+    """A sampler for these prompts. In training, `holding` says which weights to sample from."""
+    if args.engine == "vllm":
+        longest = max(len(prompt["tokens"]) for prompt in prompts)
+        return VLLMSampler(args, eos, longest + args.max_new_tokens, training)
+    model = None if training else load_model(args.model, args.revision, args.dtype, device)
+    return TransformersSampler(model, eos, args.max_new_tokens, args.temperature, args.decode_rows)
+
+
+def grade(tokenizer, row, completion):
+    """→ the completion as text, and its reward"""
+    response = tokenizer.decode(completion.tokens, skip_special_tokens=True)
+    return response, reward(response, row["answer"], completion.finished)
+
+
+def pick_engine(wanted):
+    """→ the engine and why. vLLM's CUDA wheel also installs where there is no GPU, and cannot run there."""
+    if wanted == "transformers":
+        return wanted, "asked for"
+    why = "vLLM is not installed"
+    if getattr(importlib.util.find_spec("vllm"), "origin", None):  # (a folder of that name has none)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm.platforms import current_platform
+
+        if torch.cuda.is_available() or current_platform.is_cpu():
+            return "vllm", "asked for" if wanted == "vllm" else "installed and can run here"
+        why = "vLLM is installed, but there is no GPU and this is not its CPU build"
+    if wanted == "vllm":
+        fail(f"--engine vllm: {why}")
+    return "transformers", why
 
 
 def prompt_seed(seed, key):
-    """The seed of one prompt's answers, from the run's seed and the prompt's id: the batch around it plays no part."""
+    """The seed of one prompt's completions, from the run's seed and the prompt's id: its neighbours play no part."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode("utf-8", "replace"), digest_size=7).digest(), "big")
 
 
+@dataclass
 class TransformersSampler:
     """A decode loop over any transformers causal language model: no second copy of the weights, no second process.
 
-    Row by row it draws from that row's own random numbers, so an answer does not depend on its neighbours. Twice as
-    quick as `generate`, because rows that are finished leave the batch.
+    Each row draws from its own random numbers, so a completion does not depend on the rows beside it. The loop is twice
+    as quick as `generate`, because rows that are finished leave the batch.
     """
 
-    def __init__(self, model, eos, max_new_tokens, temperature, batch):
-        self.model, self.max_new_tokens, self.temperature, self.batch = model, max_new_tokens, temperature, batch
-        self.device = next(model.parameters()).device
-        self.eos = torch.tensor(eos, device=self.device)
+    model: torch.nn.Module  # None until `holding` says which
+    eos: list
+    max_new_tokens: int
+    temperature: float
+    rows: int  # completions decoded at once
 
     def generate(self, prompts, n, seeds):
-        """Token lists → for each prompt n Completions."""
-        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike lengths: little padding
-        answers = [None] * len(prompts)
-        step = max(1, self.batch // n)
-        for start in range(0, len(prompts), step):
-            some = longest_first[start : start + step]
-            completions = self.decode([prompts[i] for i in some], n, [seeds[i] for i in some])
-            for place, i in enumerate(some):
-                answers[i] = completions[place * n : (place + 1) * n]
-        return answers
+        """Token lists → n Completions of each."""
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths: little padding
+        completions = []
+        for some in batched(longest_first, max(1, self.rows // n)):
+            completions += self.decode([prompts[i] for i in some], n, [seeds[i] for i in some])
+        return [copies for _, copies in sorted(zip(longest_first, completions))]
 
     @torch.no_grad()  # not inference_mode: FSDP would keep buffers that autograd may not touch
     def decode(self, prompts, n, seeds):
-        device, limit = self.device, self.max_new_tokens
-        count, width = len(prompts) * n, max(map(len, prompts))
+        device, limit, count = next(self.model.parameters()).device, self.max_new_tokens, len(prompts) * n
+        eos = torch.tensor(self.eos, device=device)
         # one uniform number per token that could be sampled, each row from a stream of its own
         uniforms = torch.from_numpy(np.stack([
             np.random.Generator(np.random.Philox(key=[seed, copy])).random(limit) for seed in seeds for copy in range(n)
         ])).to(device)  # (count, limit) fp64
         # left-padded, so that every prompt ends in the last column; the padding is masked and takes no position
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        pad = lambda rows: pad_sequence([torch.tensor(row) for row in rows], True, padding_side="left").to(device)
+        ids, mask = pad(prompts), pad([[1] * len(prompt) for prompt in prompts])  # (prompts, width)
         cache = transformers.DynamicCache(config=self.model.config)
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                            use_cache=True, logits_to_keep=1).logits[:, -1]
-        # the n answers of a prompt share its prefill
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-        logits, mask, positions = (t.repeat_interleave(n, 0) for t in (logits, mask, positions[:, -1:]))
-
-        tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
-        logps = torch.zeros(count, limit, device=device)
-        lengths = torch.full((count,), limit, device=device)  # until an EOS says otherwise
-        finished = torch.zeros(count, dtype=torch.bool, device=device)
-        rows = torch.arange(count, device=device)  # which answer each row of the batch is writing
+        tokens, lengths = ids.new_zeros(count, limit), ids.new_zeros(count)
+        logps, finished = tokens.float(), lengths.bool()
+        rows = torch.arange(count, device=device)  # which completion each row of the batch is writing
         for t in range(limit):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                use_cache=True, logits_to_keep=1).logits[:, -1]
+            if t == 0:  # the n completions of a prompt share the pass over it
+                cache.batch_repeat_interleave(n)
+                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
             token, logps[rows, t] = draw(logits, uniforms[rows, t], self.temperature)
             tokens[rows, t] = token
-            ends = torch.isin(token, self.eos) & ~finished[rows]
-            lengths[rows[ends]] = t + 1
-            finished[rows[ends]] = True
-            writing = ~finished[rows]
-            left = int(writing.sum())
-            if left == 0 or t == limit - 1:
+            lengths[rows] += ~finished[rows]  # the EOS counts: it is part of the completion
+            finished[rows] |= torch.isin(token, eos)
+            writing = (~finished[rows]).nonzero()[:, 0]
+            if len(writing) == 0:
                 break
-            if left <= 0.75 * len(rows):  # finished rows leave in groups, because leaving copies the cache
-                keep = writing.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
+            if len(writing) <= 0.75 * len(rows):  # finished rows leave in groups, because leaving copies the cache
+                cache.batch_select_indices(writing)
+                rows, token, mask = rows[writing], token[writing], mask[writing]
+            ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            positions = positions + 1
-            logits = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                use_cache=True, logits_to_keep=1).logits[:, -1]
-        tokens, logps, lengths, finished = tokens.tolist(), logps.tolist(), lengths.tolist(), finished.tolist()
-        return [Completion(tokens[i][: lengths[i]], finished[i], logps[i][: lengths[i]]) for i in range(count)]
+        written = zip(*(tensor.tolist() for tensor in (tokens, finished, logps, lengths)))
+        return batched([Completion(some[:length], ended, logp[:length]) for some, ended, logp, length in written], n)
 
     def stream(self, chunks, n):
-        """[(prompts, seeds)] → (the chunk's number, its answers), as they are done. Finished rows leave, so no chunk has an idle
-        tail; rows that take their place would all share the longest row's width, which was measured and is slower."""
-        for number, (prompts, seeds) in enumerate(chunks):
-            yield number, self.generate(prompts, n, seeds)
+        """[(prompts, seeds)] → (the chunk's index, its completions) as they are done. Waiting prompts do not take the
+        place of finished rows: they would all share the longest row's width, which was measured and is slower."""
+        for index, (prompts, seeds) in enumerate(chunks):
+            yield index, self.generate(prompts, n, seeds)
 
-    def load(self, named_tensors): ...  # it samples from the model that is being trained
+    def holding(self, policy):
+        """It samples from the very weights that are trained."""
+        self.model = policy
+        return policy.gathered()
 
-    def sleep(self): ...
-
-    def wake(self): ...
-
-    def close(self): ...
+    def close(self):
+        self.model = None
 
 
 def draw(logits, uniform, temperature, block=128):
     """A token for each row and its ln π; logits (rows, vocabulary), uniform (rows,) fp64 in [0, 1).
 
-    Inverse CDF: the first token at which the running sum of probabilities passes the row's number. It is found in two steps, the
-    block of tokens and then the token in it, because running over 152k tokens in fp64 would cost more than the model.
+    Inverse CDF: the first token at which the running sum of probabilities passes the row's number. It is found in two
+    steps, the block of tokens and then the token in it: one running sum over 152k tokens costs more than the model.
     """
     padding = (0, -logits.shape[-1] % block)
-    scores = torch.nn.functional.pad(logits, padding, value=-math.inf).float().div_(temperature or 1.0)  # a copy, changed in place
+    scores = torch.nn.functional.pad(logits, padding, value=-math.inf).float().div_(temperature or 1.0)  # a copy
     weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, block))  # (rows, blocks, block) fp32
     of_block = weights.sum(-1).double()  # (rows, blocks)
     until = of_block.cumsum(-1)
@@ -381,7 +367,7 @@ def draw(logits, uniform, temperature, block=128):
     else:
         wanted = uniform[:, None] * total
         which = torch.searchsorted(until, wanted, right=True)  # (rows, 1)
-        inside = weights[torch.arange(len(weights), device=logits.device), which[:, 0]].double().cumsum(-1)  # (rows, block)
+        inside = weights.take_along_dim(which[:, :, None], 1)[:, 0].double().cumsum(-1)  # (rows, block)
         # how far into the block, as a share of it: sums in fp32 and in fp64 differ in the last digits
         share = 1 - (until.gather(-1, which) - wanted) / of_block.gather(-1, which)
         token = which * block + torch.searchsorted(inside, share.clamp(min=0) * inside[:, -1:], right=True)
@@ -391,140 +377,165 @@ def draw(logits, uniform, temperature, block=128):
 class VLLMSampler:
     """vLLM in this process: paged attention and continuous batching, for real models on GPUs."""
 
-    def __init__(self, model, revision, dtype, eos, max_new_tokens, temperature, seed, window, gpu_memory,
-                 tensor_parallel=1, logps=False, sleep=False):
+    def __init__(self, args, eos, window, training=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, reproducible and reachable
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
 
         gpu = torch.cuda.is_available()
-        memory = dict(gpu_memory_utilization=gpu_memory) if gpu else dict(kv_cache_memory_bytes=1 << 30)
+        self.sleeps = training and gpu
         self.llm = vllm.LLM(
-            model, tokenizer=model, revision=revision, dtype=dtype, seed=seed, max_model_len=window,
-            tensor_parallel_size=tensor_parallel, enforce_eager=not gpu, enable_sleep_mode=sleep, **memory,
-            generation_config="vllm",  # no top-k or top-p of the model's own: a truncated sampler makes ln π/π_ref a lie
+            args.model, revision=args.revision, dtype=args.dtype, seed=args.seed + RANK,
+            max_model_len=window, tensor_parallel_size=getattr(args, "tensor_parallel", 1), enforce_eager=not gpu,
+            enable_sleep_mode=self.sleeps, gpu_memory_utilization=args.gpu_memory,
+            kv_cache_memory_bytes=None if gpu else 1 << 30,
+            generation_config="vllm",  # not the model's own top-k and top-p: they would make ln π/π_ref a lie
             logprobs_mode="processed_logprobs",  # after the temperature, as in the loss
             disable_log_stats=True,
         )
-        self.sleeps = sleep
-        self.sampling = dict(temperature=temperature, top_p=1.0, top_k=-1, max_tokens=max_new_tokens,
-                             stop_token_ids=eos, detokenize=False, logprobs=0 if logps else None)
+        self.sampling = dict(temperature=args.temperature, top_p=1.0, top_k=-1, max_tokens=args.max_new_tokens,
+                             stop_token_ids=eos, detokenize=False, logprobs=0 if training else None)
+        if self.sleeps:
+            self.llm.sleep(level=1)
 
     def generate(self, prompts, n, seeds):
         return next(self.stream([(prompts, seeds)], n), (0, []))[1]
 
     def stream(self, chunks, n):
-        """[(prompts, seeds)] → (the chunk's number, its answers), as they are done: all in one queue, so that the batch is full
-        until the end."""
+        """[(prompts, seeds)] → (the chunk's index, its completions) as they are done. All stand in one queue, so that
+        the batch is full until the end."""
         import vllm
 
-        engine, answers = self.llm.llm_engine, [[None] * len(prompts) for prompts, _ in chunks]
-        left = [len(prompts) for prompts, _ in chunks]
-        for number, (prompts, seeds) in enumerate(chunks):
+        engine, completions = self.llm.llm_engine, [[None] * len(prompts) for prompts, _ in chunks]
+        for index, (prompts, seeds) in enumerate(chunks):
             for place, (prompt, seed) in enumerate(zip(prompts, seeds)):
-                engine.add_request(f"{number} {place}", {"prompt_token_ids": prompt}, vllm.SamplingParams(
+                engine.add_request(f"{index} {place}", {"prompt_token_ids": prompt}, vllm.SamplingParams(
                     n=n, seed=seed, output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY, **self.sampling))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    number, place = map(int, output.request_id.split())
-                    answers[number][place] = [self.completion(answer) for answer in output.outputs]
-                    left[number] -= 1
-                    if left[number] == 0:
-                        yield number, answers[number]
+                    index, place = map(int, output.request_id.split())
+                    completions[index][place] = [self.completion(copy) for copy in output.outputs]
+                    if all(completions[index]):
+                        yield index, completions[index]
 
     @staticmethod
-    def completion(answer):
-        tokens = list(answer.token_ids)
-        logps = [step[token].logprob for token, step in zip(tokens, answer.logprobs or [])]
-        return Completion(tokens, answer.finish_reason == "stop", logps)
+    def completion(copy):
+        tokens = list(copy.token_ids)
+        logps = [step[token].logprob for token, step in zip(tokens, copy.logprobs or [])]
+        return Completion(tokens, copy.finish_reason == "stop", logps)
 
-    def load(self, named_tensors):
-        # without an iterator reload_weights reads the *old* checkpoint from disk, without the reset old keys and values
-        # answer for the new weights
-        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(named_tensors)))
-        self.llm.reset_prefix_cache()
-
-    def sleep(self):
+    @contextmanager
+    def holding(self, policy):
+        """It wakes, takes the policy's weights as they are now, and sleeps again: the update needs the GPU's memory."""
+        if self.sleeps:
+            self.llm.wake_up()
+        self.load(policy.full_weights())
+        yield
         if self.sleeps:
             self.llm.sleep(level=1)  # the weights wait in CPU memory, the cache is dropped
 
-    def wake(self):
-        if self.sleeps:
-            self.llm.wake_up()
+    def load(self, named_tensors):
+        # without an iterator reload_weights reads the *old* checkpoint from disk
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(named_tensors)))
+        self.llm.reset_prefix_cache()  # or old keys and values answer for the new weights
 
     def close(self):
         """Gives everything back, so that another model's engine can start in this process."""
         from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.platforms import current_platform
 
+        if self.sleeps:
+            self.llm.wake_up()  # what sleeps cannot be freed
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
-        type(current_platform)._global_graph_pool = None  # the next engine's CUDA graphs would be caught into this one's memory
-
-
-def pick_engine(wanted):
-    """The engine and why. vLLM's CUDA wheel also installs where there is no GPU, and cannot run there."""
-    if wanted == "transformers":
-        return wanted, "asked for"
-    if getattr(importlib.util.find_spec("vllm"), "origin", None) is None:  # (a folder of that name has none)
-        reason = "vLLM is not installed"
-    else:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm.platforms import current_platform
-
-        if torch.cuda.is_available() or current_platform.is_cpu():
-            return "vllm", "asked for" if wanted == "vllm" else "installed and can run here"
-        reason = "vLLM is installed, but there is no GPU and this is not its CPU build"
-    if wanted == "vllm":
-        fail(f"--engine vllm: {reason}")
-    return "transformers", reason
-
-
-def make_sampler(args, engine, eos, window, device):
-    if engine == "vllm":
-        return VLLMSampler(args.model, args.revision, args.dtype, eos, args.max_new_tokens, args.temperature,
-                           args.seed + RANK, window, args.gpu_memory, args.tensor_parallel)
-    model = load_model(args, device, getattr(torch, args.dtype))
-    return TransformersSampler(model, eos, args.max_new_tokens, args.temperature, args.batch)
+        type(current_platform)._global_graph_pool = None  # the next engine's CUDA graphs need a pool of their own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what all scripts share: flags, prompts, models, files, several processes
+# what all scripts share: flags
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # a default of nothing is not worth a line
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+class Flags(argparse.ArgumentParser):
+    """Flags in groups. A recipe, @FILE, stands for the flags in that file. What is wrong is said in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False)
+        self.may_be_zero = set()
+
+    def group(self, title):
+        """→ add(name, default, help). The default tells the type. A type in its place means that there is no default; a
+        list holds the choices, the first of which is the default. Numbers are above 0, or `zero` as well."""
+        group = self.add_argument_group(title)
+
+        def add(name, default, help, zero=False, **more):
+            if zero or default == 0:
+                self.may_be_zero.add(name)
+            if isinstance(default, list):
+                more["choices"], default = default, default[0]
+            if default is False:
+                more["action"] = "store_true"
+            elif isinstance(default, type):
+                more["type"] = default
+            else:
+                more |= dict(type=type(default), default=default)
+                help += f" (default: {default})"
+            group.add_argument(name, help=help, **more)
+
+        return add
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
 
 
-def add_model_flags(parser):
-    """The flags that decide what an answer is: the model, how it is asked, how it samples. All scripts share them."""
-    add = parser.add_argument
-    add("--model", required=True, help="π_ref: a Hugging Face model folder or hub id")
-    add("--revision", help="branch, tag or commit on the hub")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="the weights' precision while sampling; auto: bfloat16 on a GPU, float32 on a CPU")
-    add("--suffix", help="appended to each question; default: the paper's, which asks for \\boxed{} (GSM8K: for ####)")
-    add("--chat", action="store_true", help="ask in the tokenizer's chat template; default: plain text, for base models")
-    add("--temperature", type=float, default=1.0, help="divides the logits, here and in the loss; 0 is greedy")
-    add("--max_new_tokens", type=int, default=1024, help="an answer that is longer is cut off and earns 0")
-    add("--seed", type=int, default=0, help="every answer is a function of this, the problem's id and the copy")
-    add("--engine", choices=["auto", "vllm", "transformers"], default="auto", help="auto: vLLM where it can run")
-    add("--batch", type=int, default=256, help="answers decoded at once by the transformers engine; bounds its memory")
-    add("--gpu_memory", type=float, default=0.9, help="the share of each GPU's memory that vLLM takes")
-
-
-def read_flags(parser, recipe, *positive):
-    """With no arguments a script reads its own recipe in tiny/; given any, the defaults hold. The flags named must be positive."""
+def read_flags(parser, recipe):
+    """With no flags a script reads its own recipe in tiny/. With any, the defaults hold."""
     args = parser.parse_args(sys.argv[1:] or [f"@{Path(__file__).parent / 'tiny' / recipe}.args"])
-    for flag in positive:
-        if getattr(args, flag) is not None and not getattr(args, flag) > 0:
-            fail(f"--{flag} {getattr(args, flag)} is too small")
-    if args.temperature is not None and not args.temperature >= 0:
-        fail(f"--temperature {args.temperature} is too small")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (value > 0 or (value == 0 and f"--{name}" in parser.may_be_zero)):
+            fail(f"--{name} {value} is too small")
     return args
+
+
+def add_policy_flags(parser, models=None):
+    """The flags that decide what an answer is: the model, how it is asked, how it samples."""
+    add = parser.group("policy and sampling")
+    add("--model", str, "π_ref: a Hugging Face model folder or hub id", required=True, nargs=models)
+    add("--revision", str, "branch, tag or commit on the hub")
+    add("--suffix", str, "appended to each question; default: the paper's, which asks for \\boxed{} (GSM8K: for ####)")
+    add("--chat", False, "ask in the tokenizer's chat template; default: plain text, for base models")
+    add("--temperature", 1.0, "divides the logits, here and in the loss; 0: greedy", zero=True)
+    add("--max_new_tokens", 1024, "an answer that is longer is cut off and earns 0")
+    return add
+
+
+def add_machine_flags(parser, training=False):
+    add = parser.group("memory and machine")
+    add("--seed", 0, "every answer is a function of this, the problem's id and the copy")
+    add("--dtype", ["auto", "float32", "bfloat16"] + ["float16"] * (not training),  # training would need loss scaling
+        "the precision of all computing; auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--engine", ["auto", "vllm", "transformers"], "auto: vLLM where it can run")
+    add("--decode_rows", 256, "transformers: answers decoded at once; bounds the memory")
+    add("--gpu_memory", 0.4 if training else 0.9, "vLLM: the share of each GPU's memory that it takes")
+    if not training:
+        add("--tensor_parallel", 1, "vLLM: GPUs that one engine is spread over")
+    return add
+
+
+def add_problem_flags(parser, split, files=None):
+    add = parser.group("files and output")
+    add("--data", str, "problems: .jsonl, .json or .parquet, a name (gsm8k, math, …), or a hub id", required=True,
+        nargs=files)
+    add("--split", split, "of a data set on the hub")
+    add("--question_field", "question", "the field of a row that holds the question")
+    add("--answer_field", "answer", "the field that holds the answer")
+    add("--limit", int, "only the first so many problems")
+    add("--overwrite", False, "throw away what an earlier run with other settings left there")
+    return add
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what all scripts share: processes
 
 
 def run_script(main):
@@ -536,147 +547,212 @@ def run_script(main):
     except (RuntimeError, ValueError) as error:
         if "out of memory" not in str(error) and "Free memory on device" not in str(error):  # torch's, and vLLM's
             raise
-        fail("out of GPU memory: lower --batch (transformers), --gpu_memory (vLLM) or --tokens_per_microbatch (training)")
+        fail("out of GPU memory: lower --decode_rows (transformers), --gpu_memory (vLLM) or --tokens_per_microbatch")
     except KeyboardInterrupt:
         tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def own_devices(gpus_each=1):
-    """Under torchrun each process sees only its own GPUs (so its first is cuda:0) and takes its share of the cores."""
+def start_process(args, gpus_each=1, group=False):
+    """This process's GPUs and cores; settles `--dtype auto`; with `group`, joins the process group. → the device
+
+    Under torchrun each process sees only its own GPUs (so its first is cuda:0) and takes its share of the cores.
+    """
     if "LOCAL_WORLD_SIZE" in os.environ:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen, local_rank = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ["LOCAL_RANK"])
         # before anything asks CUDA for its devices: it reads this once
-        os.environ["CUDA_VISIBLE_DEVICES"] = own_gpus(seen, LOCAL_RANK, gpus_each)
-        if seen != "" and torch.backends.cuda.is_built() and shutil.which("nvidia-smi") and torch.cuda.device_count() < gpus_each:
-            fail(f"process {LOCAL_RANK} of this node finds no GPU left: lower --nproc_per_node or --tensor_parallel")
+        os.environ["CUDA_VISIBLE_DEVICES"] = own_gpus(seen, local_rank, gpus_each)
+        on_gpus = seen != "" and torch.backends.cuda.is_built() and shutil.which("nvidia-smi")
+        if on_gpus and torch.cuda.device_count() < gpus_each:
+            fail(f"process {local_rank} of this node finds no GPU left: lower --nproc_per_node or --tensor_parallel")
         # torchrun would leave each process one core; a scheduler may have given this node not all of the machine's
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.init()  # or a device mesh would choose GPU number LOCAL_RANK of the one that is left
-    return torch.device("cuda")
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.init()  # or a device mesh would choose GPU number LOCAL_RANK of the one that is left
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if gpu else "float32"
+    if group:
+        warnings.filterwarnings("ignore", module="torch.distributed|torch.storage|torch.utils._pytree")
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        if WORLD > 1:
+            dist.init_process_group(backend)
+        elif args.dtype != "float32" or gpu:  # one process: the same code keeps fp32 masters
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def own_gpus(seen, local_rank, each):
     """CUDA_VISIBLE_DEVICES of one process of a node: its share of those seen (None: of all, however many there are)."""
-    names = map(str, range(local_rank * each, (local_rank + 1) * each)) if seen is None else (
-        seen.split(",")[local_rank * each : (local_rank + 1) * each])
-    return ",".join(names)
+    first, end = local_rank * each, (local_rank + 1) * each
+    return ",".join(map(str, range(first, end)) if seen is None else seen.split(",")[first:end])
 
 
-def meet(place, _store=[]):
-    """Every process waits here for all others. The store is torchrun's own: no process group, so nothing on the GPU."""
-    if WORLD == 1:
-        return
-    if not _store:
-        _store.append(next(torch.distributed.rendezvous("env://"))[0])
-    if _store[0].add(place, 1) == WORLD:
-        _store[0].set(f"{place}: all here", "yes")
-    _store[0].wait([f"{place}: all here"], timedelta(days=30))
+def barrier(place):
+    """Every process waits here for all others. It needs no process group, so nothing on the GPU."""
+    if WORLD > 1:
+        if torchrun_store().add(place, 1) == WORLD:
+            torchrun_store().set(f"{place}: all here", "yes")
+        torchrun_store().wait([f"{place}: all here"], timedelta(days=30))
 
 
-def load_tokenizer(args):
-    """The tokenizer, the ids that end an answer, and how many tokens the model can see."""
-    if args.model.startswith(("/", ".", "~")) and not Path(args.model).is_dir():
-        fail(f"--model {args.model}: no such folder")
+@cache
+def torchrun_store():
+    return next(dist.rendezvous("env://"))[0]
+
+
+@contextmanager
+def first_process_first():
+    """The first process reports what is wrong, downloads and prepares. The others do the same after it."""
+    if RANK > 0:
+        barrier("prepared")
+    yield
+    if RANK == 0:
+        barrier("prepared")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what all scripts share: models and prompts
+
+
+def load_tokenizer(model, revision):
+    """→ the tokenizer, the ids that end an answer, and how many tokens the model can see"""
+    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+        fail(f"--model {model}: no such folder")
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(args.model, revision=args.revision)
-    except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {error}")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-    except Exception as error:  # a missing tokenizer fails in as many ways as there are tokenizers
-        fail(f"--model {args.model}: no tokenizer that loads ({error})")
+    config = from_pretrained(transformers.AutoConfig, model, revision)
+    tokenizer = from_pretrained(transformers.AutoTokenizer, model, revision)
     if not tokenizer("1 + 1").input_ids:  # where its files are missing, transformers makes an empty one
-        fail(f"--model {args.model}: no tokenizer in it")
+        fail(f"--model {model}: no tokenizer in it")
     try:
-        eos = transformers.GenerationConfig.from_pretrained(args.model, revision=args.revision).eos_token_id
+        eos = transformers.GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
     except OSError:
         eos = config.eos_token_id
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     if not eos:
-        fail(f"--model {args.model}: neither its tokenizer nor its generation config names an EOS token")
+        fail(f"--model {model}: neither its tokenizer nor its generation config names an EOS token")
     return tokenizer, sorted(eos), getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
-def load_model(args, device, dtype):
+def load_model(model, revision, dtype, device):
+    return from_pretrained(transformers.AutoModelForCausalLM, model, revision, dtype=dtype).to(device)
+
+
+def from_pretrained(kind, model, revision, **more):
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"--model {args.model}: {error}")
-    return model.to(device).eval()
+        return kind.from_pretrained(model, revision=revision, **more)
+    except Exception as error:  # a broken folder fails in as many ways as there are models and tokenizers
+        fail(f"--model {model}: no {kind.__name__} loads from it ({error})")
 
 
-def ask(problems, tokenizer, window, suffix, args):
-    """Adds each problem's prompt and tokens."""
+def ask(problems, args):
+    """Adds each problem's prompt and its tokens, encoded once and for all scripts in the same way. → the tokenizer, and
+    the ids that end an answer"""
+    tokenizer, eos, window = load_tokenizer(args.model, args.revision)
     for problem in problems:
-        problem["prompt"] = make_prompt(tokenizer, problem["question"], suffix, args.chat)
+        if "prompt" not in problem:  # Stage 1's rows have theirs
+            problem["prompt"] = make_prompt(tokenizer, problem["question"], args.suffix, args.chat)
         problem["tokens"] = encode(tokenizer, problem["prompt"], args.chat)
         if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
             fail(f"problem {problem['id']}: a prompt of {len(problem['tokens'])} tokens and --max_new_tokens "
                  f"{args.max_new_tokens} do not fit the model's window of {window}")
+    return tokenizer, eos
 
 
-def contents(model, problems=()):
-    """What stands behind the names, so that no answers are taken for those of a model or a file that has changed since: of a local
-    model's weights 4 KB in 256 places of each file (the hub's are told by --revision), and all problems."""
-    weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(model).glob("*.safetensors")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            for place in range(0, size, max(4096, size // 256)):
-                file.seek(place)
-                weights.update(file.read(4096))
-    for problem in problems:
-        asked.update(json.dumps([problem["id"], problem["prompt"], problem["answer"]]).encode())
-    return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest()}
+# ---------------------------------------------------------------------------------------------------------------------
+# what all scripts share: files
 
 
-def check_settings(path, settings, overwrite):
-    """May this run go on with the files at `path`? Only if they were made with the same settings."""
-    config, parts = path.with_suffix(".config.json"), path.with_suffix(".parts")
-    if overwrite:
-        for old in (path, config):
-            old.unlink(missing_ok=True)
-        shutil.rmtree(parts, ignore_errors=True)
-    if config.exists():
-        try:
-            old = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError):
-            fail(f"{config}: not readable as Stage 1's settings; --overwrite starts afresh")
-        changed = [f"--{key} (was {old.get(key)}, now {now})" for key, now in settings.items() if old.get(key) != now]
-        if changed:
-            fail(f"{path} was begun with other settings: {', '.join(changed)}; --overwrite throws it away")
-    elif path.exists():
-        fail(f"{path} exists without its {config.name}; --overwrite throws it away")
-    parts.mkdir(parents=True, exist_ok=True)
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    if settings["engine"] == "vllm":
-        import vllm
-
-        versions["vllm"] = vllm.__version__
-    if not config.exists():
-        write_whole(config, json.dumps(dict(settings=settings, versions=versions), indent=1) + "\n")
+@contextmanager
+def written_whole(path, mine=True):
+    """A file or folder that others read appears whole or not at all: it is written aside, synced and renamed. Where all
+    processes write into one folder, only the first has it as `mine`."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        if mine:
+            for file in (aside, *aside.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as synced:
+                        os.fsync(synced.fileno())
+            if path.is_dir():
+                remove(path)
+            os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        remove(aside)
+        fail(f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Is the disk full? What was there is "
+             "whole, and the same command goes on from it")
 
 
 def write_whole(path, text):
-    """A file that others read appears whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; what was there is whole, and the same command goes on from it")
-    os.replace(aside, path)
+    with written_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
-def read_rows(path):
+def write_rows(path, rows):
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def parts_of(out):
+    return out.with_suffix(".parts")
+
+
+def guard_rows(args, problems, free=(), **more):
+    """guard_settings for what sample_all writes."""
+    guard_settings(args.out.with_suffix(".config.json"), args, [args.out, parts_of(args.out)], free,
+                   **fingerprint(args.model, problems), **more)
+
+
+def guard_settings(config, args, made, free=(), **more):
+    """May this run go on with the files `made`? Only if one with the same settings made them; it kept these in
+    `config`. Settings are all flags and `more`, but not those that are `free` to change, as they change no result."""
+    free = {"out", "overwrite", "decode_rows", "gpu_memory", "tensor_parallel", *free}
+    settings = {key: value for key, value in {**vars(args), **more}.items() if key not in free}
+    settings = json.loads(json.dumps(settings, default=str))
+    if args.overwrite:
+        for path in (config, *made):
+            remove(path)
+    if config.exists():
+        try:
+            old = dict(json.loads(config.read_text(encoding="utf-8"))["settings"])
+        except (ValueError, KeyError, TypeError):
+            fail(f"{config}: not readable as the settings of a run; --overwrite starts afresh")
+        changed = [f"{'--' * (key in vars(args))}{key} (was {old.get(key)}, now {settings.get(key)})"
+                   for key in {**settings, **old} if old.get(key) != settings.get(key)]
+        if changed:
+            fail(f"{config}: the run was begun with other settings: {', '.join(changed)}; --overwrite throws it away")
+        return
+    for path in made:
+        if path.exists():
+            fail(f"{path} exists without its {config.name}; --overwrite throws it away")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", args.engine)}
+    versions["python"] = sys.version.split()[0]
+    write_whole(config, json.dumps(dict(settings=settings, versions=versions), indent=1) + "\n")
+
+
+def fingerprint(model, problems=()):
+    """What stands behind the names, so that no answers are taken for those of a model or file that has changed since.
+    Of a local model's weights it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
+    weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(model).glob("*.safetensors")):
+        data = np.memmap(path, np.uint8, "r")
+        for place in range(0, len(data), max(4096, len(data) // 256)):
+            weights.update(data[place : place + 4096])
+    for problem in problems:
+        asked.update(json.dumps([problem[key] for key in ("id", "prompt", "answer")]).encode())
+    return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest()}
+
+
+def read_rows(path, remedy="--overwrite makes the file anew"):
     """The rows that sample_all wrote."""
     rows = []
     with open(path, encoding="utf-8") as file:
@@ -685,8 +761,31 @@ def read_rows(path):
                 rows.append(json.loads(line))
                 rows[-1]["vstar"]
             except (ValueError, KeyError, TypeError):
-                fail(f"{path}, line {number}: torn or not a row of answers; --overwrite makes the file anew")
+                fail(f"{path}, line {number}: torn or not a row of answers; {remedy}")
     return rows
+
+
+def batched(items, size):
+    """Slices of so many. (itertools has it from Python 3.12 on.)"""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def picture(path, rows, xs, panels):
+    """Columns of `rows` against each other, as a .png: a line of panels for each x, a panel for each list of ys."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 3 * len(panels), 3 * len(xs)), layout="constrained")
+    axes = figure.subplots(len(xs), len(panels), squeeze=False)
+    for axis, (x, ys) in zip(axes.flat, product(xs, panels)):
+        for y in ys:
+            if points := [(row[x], row[y]) for row in rows if y in row]:
+                style = "o-" if len(points) < 50 else "-"
+                axis.plot(*zip(*points), style, label=y, markersize=4, linewidth=1)
+        axis.set_xlabel(x)
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    with written_whole(path) as aside:
+        figure.savefig(aside, dpi=130, format="png")
 
 
 if __name__ == "__main__":

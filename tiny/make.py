@@ -5,11 +5,11 @@ The task is addition. The model has seen two kinds of demonstrations:
     482+795=\\boxed{1277}                              the answer at once: for so small a model nearly always wrong
     482+795=2+5=7;8+9=17;4+7+1=12;\\boxed{1277}        worked digit by digit from the right: mostly right
 
-and imitates both. What reinforcement learning can find out is that writing the steps pays (accuracy and length rise
-together), and then that the demonstrations' slips do not. Long sums were rarely worked, so some prompts are never solved.
+and imitates both. Reinforcement learning can find out that writing the steps pays (accuracy and length rise together),
+and then that the demonstrations' slips do not. Long sums were rarely worked, so some prompts are never solved.
 
-    python tiny/make.py                                                    the files beside this one, < 2 minutes on 2 cores
-    python tiny/make.py --digits 3 4 5 6 --hidden 256 --layers 4 --steps 20000 --out harder    another world
+    python tiny/make.py                                             the files beside this one, < 2 minutes on 2 cores
+    python tiny/make.py --digits 3 4 5 6 --hidden 256 --layers 4 --steps 20000 --out harder             another world
 
 `--operators + -` adds subtraction: 482-295=12-5=7;17-9=8;3-2=1;\\boxed{187}.
 """
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 parser.add_argument("--digits", type=int, nargs="+", default=[2, 3, 4], help="how long the two numbers are")
 parser.add_argument("--operators", nargs="+", choices=["+", "-"], default=["+"])
 parser.add_argument("--worked", type=float, nargs=2, default=[0.65, 0.25],
@@ -125,9 +126,9 @@ def make_model(args):
 
 
 def write_problems(path, pairs):
-    rows = (json.dumps({"id": f"{path.stem}/{i:05d}", "question": f"{a}{operator}{b}=", "answer": str(solution(a, operator, b))})
-            for i, (a, operator, b) in enumerate(pairs))
-    path.write_text("\n".join(rows) + "\n")
+    rows = [dict(id=f"{path.stem}/{i:05d}", question=f"{a}{operator}{b}=", answer=str(solution(a, operator, b)))
+            for i, (a, operator, b) in enumerate(pairs)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main():
@@ -146,7 +147,7 @@ def main():
     model.cpu().save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     longest = math.ceil((10 * max(args.digits) + 20) / 8) * 8  # the longest worked answer and some room
-    recipes = {"vstar": f"--data={args.out}/train.jsonl --max_new_tokens={longest} --suffix= --batch=1024"}
+    recipes = {"vstar": f"--data={args.out}/train.jsonl --max_new_tokens={longest} --suffix= --decode_rows=1024"}
     for name, flags in recipes.items():
         (args.out / f"{name}.args").write_text(f"--model={args.out}/model\n" + flags.replace(" --", "\n--") + "\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters → {args.out}")

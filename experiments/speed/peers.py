@@ -1,14 +1,14 @@
 """This code beside TRL: the same model, problems, prompts a step, answer length and optimizer settings, in turns.
 
     pip install trl==1.16.0          (for this script alone)
-    python experiments/peers.py                                      → experiments/peers.json       (the embedded world, on a CPU)
-    python experiments/peers.py --shape 0.5B --rounds 1 --steps 5    a model of Qwen2.5-0.5B's shape with random weights (a GPU)
+    python -m experiments.speed.peers                   → experiments/results/peers.json       (the embedded world)
+    python -m experiments.speed.peers --shape 0.5B --rounds 1 --steps 5      (random weights, a GPU)
 
-A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its own, and in every
-round the order changes. Seconds are those of the work alone (no imports, no loading): Stage 1, and Stage 2 a step, the first
-step left out. The memory is what an update needs beyond what was held before it: on a GPU the growth of the peak allocation, on a
-CPU that of the peak RSS, in a short run of its own whose malloc gives back at once what is freed. Accuracy: evaluate.py on the
-finished model.
+A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its own, and in
+every round the order changes. Seconds are those of the work alone (no imports, no loading): Stage 1, and Stage 2 a
+step, the first step left out. The memory is what an update needs beyond what was held before it: on a GPU the growth
+of the peak allocation, on a CPU that of the peak RSS, in a short run of its own whose malloc gives back at once what is
+freed. Accuracy: evaluate.py on the finished model. What is in out/peers/ is not run again.
 """
 
 import argparse
@@ -23,13 +23,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab import ROOT, SHAPES, random_model, save, toss
+
+import rewards
+import train
+import vstar
+from experiments import baselines, lab
 
 PEERS = ["ours apo", "trl apo", "ours grpo", "trl grpo"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = lab.make_parser(__doc__)
     add = parser.add_argument
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=25)
@@ -38,9 +42,9 @@ def main():
     add("--lr", type=float, default=3e-4)
     add("--limit", type=int, default=1024, help="prompts of Stage 1")
     add("--model", default="tiny/model")
-    add("--shape", choices=SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
-    add("--microbatch", type=int, help="TRL's per_device_train_batch_size; default: for A*-PO, which samples as many at a time, "
-        "the whole batch, for GRPO as many rows as fill this code's micro-batches (256 with --shape, 64 without)")
+    add("--shape", choices=lab.SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
+    add("--microbatch", type=int, help="TRL's per_device_train_batch_size; default: for A*-PO, which samples as many "
+        "at a time, the whole batch; for GRPO what fills this code's micro-batches (256 rows with --shape, or 64)")
     add("--only", nargs="+", default=PEERS, choices=PEERS)
     add("--child", nargs=2, metavar=("PEER", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -50,31 +54,35 @@ def main():
     for turn in range(args.rounds):
         for peer in args.only if turn % 2 == 0 else args.only[::-1]:
             found[peer].append(one(args, peer, turn))
-    middle = {peer: {key: float(np.median([run[key] for run in runs])) for key in runs[0]} for peer, runs in found.items()}
+    middle = {peer: {key: float(np.median([run[key] for run in runs])) for key in runs[0]}
+              for peer, runs in found.items()}
     if not torch.cuda.is_available():
         for peer in args.only:
             frugal = one(args, peer, "memory", "--steps=4", MALLOC_MMAP_THRESHOLD_="65536")
             middle[peer]["update_memory_mb"] = frugal["update_memory_mb"]
     ratios = {}
-    for algo in ("apo", "grpo"):
-        if f"ours {algo}" in middle and f"trl {algo}" in middle:
-            ours, theirs = middle[f"ours {algo}"], middle[f"trl {algo}"]
-            ratios[algo] = {key: round(theirs[key] / ours[key], 3) for key in ours if key in theirs and ours[key]}
+    for algorithm in ("apo", "grpo"):
+        if f"ours {algorithm}" in middle and f"trl {algorithm}" in middle:
+            ours, theirs = middle[f"ours {algorithm}"], middle[f"trl {algorithm}"]
+            both = [key for key in ours if key in theirs and ours[key]]
+            ratios[algorithm] = {key: round(theirs[key] / ours[key], 3) for key in both}
     written = [line.strip() for part in (trl_a2po, settings, load, problems_of, right)
                for line in inspect.getsource(part).splitlines()[1:]]
     lines = dict(ours=2, trl=sum(bool(line) and line[0] not in "#\"" for line in written))
-    save("peers" + (f"-{args.shape}" if args.shape else ""), medians=middle, trl_over_ours=ratios, lines_a_user_writes=lines)
-    for algo, row in ratios.items():
-        print(f"TRL over ours, {algo}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    lab.save("peers" + (f"-{args.shape}" if args.shape else ""), medians=middle, trl_over_ours=ratios,
+             lines_a_user_writes=lines)
+    for algorithm, row in ratios.items():
+        print(f"TRL over ours, {algorithm}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
 
 
 def one(args, peer, turn, *flags, **environment):
-    out = ROOT / f"out/peers/{args.shape or 'tiny'}/{peer.replace(' ', '-')}-{turn}"
+    out = lab.ROOT / f"out/peers/{args.shape or 'tiny'}/{peer.replace(' ', '-')}-{turn}"
     if not (out / "result.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "log", "w") as log:
-            command = [sys.executable, __file__, *sys.argv[1:], *flags, "--child", peer, str(out)]
-            run = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
+            command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], *flags, "--child", peer, str(out)]
+            run = subprocess.run(command, cwd=lab.ROOT, env={**os.environ, **environment}, stdout=log,
+                                 stderr=subprocess.STDOUT)
         if run.returncode:
             sys.exit(f"{peer} failed; see {out}/log")
     result = json.loads((out / "result.json").read_text())
@@ -85,15 +93,15 @@ def one(args, peer, turn, *flags, **environment):
 def child(args):
     """One peer, measured from inside its process."""
     peer, out = args.child
-    code, algo = peer.split()
+    code, algorithm = peer.split()
     if args.shape:
-        args.model = random_model(args.shape)
-    sys.path.insert(0, str(ROOT))
-    result = (ours if code == "ours" else theirs)(args, algo, out)
+        args.model = lab.random_model(args.shape)
+    result = (ours if code == "ours" else theirs)(args, algorithm, out)
     if not args.shape:
         final = f"{out}/run/model" if code == "ours" else f"{out}/model"
-        command = f"evaluate.py --data=tiny/test.jsonl --suffix= --max_new_tokens={args.tokens} --n=4 --batch=1024"
-        subprocess.run([sys.executable, *shlex.split(command), f"--model={final}", f"--out={out}/eval"], cwd=ROOT, check=True)
+        command = (f"evaluate.py --model={final} --data=tiny/test.jsonl --suffix= --max_new_tokens={args.tokens} "
+                   f"--samples=4 --decode_rows=1024 --out={out}/eval")
+        subprocess.run([sys.executable, *shlex.split(command)], cwd=lab.ROOT, check=True)
         (found,) = json.loads(Path(out, "eval/results.json").read_text()).values()
         result["accuracy"] = next(iter(found.values()))["accuracy"]
     Path(out, "result.json").write_text(json.dumps(result))
@@ -112,8 +120,8 @@ def timed(function, seconds):
 
 
 class Peak:
-    """The most memory during forward and backward passes beyond what was held when the update began (the first update left out:
-    it allocates the optimizer's states)."""
+    """The most memory during forward and backward passes beyond what was held when the update began. (The first update
+    is left out: it allocates the optimizer's states.)"""
 
     def __init__(self):
         self.held, self.most, self.updates, step = None, 0, 0, torch.optim.AdamW.step
@@ -157,44 +165,41 @@ def resident(field):
     return int(line.split()[1]) * 1024
 
 
-def ours(args, algo, out):
+def ours(args, algorithm, out):
     """What `python vstar.py … && python train.py …` does."""
-    import train
-    import vstar
-
     seconds, peak = [], Peak()
     vstar.sample_chunks, train.update = timed(vstar.sample_chunks, seconds), peak.before(train.update)
     if args.shape:
-        vstar.reward = train.reward = toss
+        vstar.reward = rewards.reward = lab.toss
     # --- what a user types
-    commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --suffix= --max_new_tokens={args.tokens} --batch=1024 "
-                f"--limit={args.limit} --engine=transformers --out={out}/vstar.jsonl",
-                f"train.py --vstar={out}/vstar.jsonl --algo={algo} --beta2=0.1 --lr={args.lr} --warmup=5 --steps={args.steps} "
-                f"--batch_size={args.batch_size} --batch=1024 --tokens_per_microbatch={16384 if args.shape else 2048} "
-                f"--engine=transformers --save_every=100000 --out={out}/run"]
+    commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --suffix= --max_new_tokens={args.tokens} "
+                f"--decode_rows=1024 --limit={args.limit} --engine=transformers --out={out}/vstar.jsonl",
+                ("train.py" if algorithm == "apo" else f"experiments.baselines {algorithm}") +
+                f" --vstar={out}/vstar.jsonl --beta2=0.1 --lr={args.lr} --warmup=5 --steps={args.steps} "
+                f"--batch_size={args.batch_size} --decode_rows=1024 --engine=transformers "
+                f"--tokens_per_microbatch={16384 if args.shape else 2048} --save_every=100000 --out={out}/run"]
     # ---
-    for main, command in zip((vstar.main, train.main), commands):
+    for script, command in zip((vstar, train if algorithm == "apo" else baselines), commands):
         sys.argv = shlex.split(command)
-        main()
-    rows = [json.loads(line) for line in Path(out, "run/metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["step"] > 1]
-    mean = lambda *phases: float(np.mean([sum(row["seconds"][phase] for phase in phases) for row in rows]))
-    lengths = [sum(json.loads(line)["lengths"]) for line in Path(out, "vstar.jsonl").read_text().splitlines()]
-    generated = float(np.mean([row["length"] for row in rows])) * args.batch_size * (8 if algo == "grpo" else 1)
-    step = mean("sampling", "reference", "update")
+        script.main()
+    rows = [row for row in lab.read(Path(out, "run/metrics.jsonl")) if row["step"] > 1]
+    mean = lambda *phases: float(np.mean([lab.seconds_of(row, phases) for row in rows]))
+    lengths = [sum(row["lengths"]) for row in lab.read(Path(out, "vstar.jsonl"))]
+    generated = lab.mean("length", rows) * args.batch_size * (8 if algorithm == "grpo" else 1)
+    step = mean(*lab.PHASES)
     return dict(stage1_seconds=seconds[0], stage1_seconds_per_token=seconds[0] / sum(lengths),
                 sampling_seconds_a_step=mean("sampling", "reference"), update_seconds_a_step=mean("update"),
                 step_seconds=step, step_seconds_per_token=step / generated,
                 update_memory_mb=peak.most / 2**20)
 
 
-def theirs(args, algo, out):
+def theirs(args, algorithm, out):
     """TRL, measured at the corresponding places."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import transformers
     import trl  # noqa: F401
 
-    trainer = (trl_a2po if algo == "apo" else trl_grpo)(args, out)
+    trainer = (trl_a2po if algorithm == "apo" else trl_grpo)(args, out)
     tokens, sampling, steps, peak, decode = [], [], [], Peak(), trainer.processing_class.batch_decode
     trainer._prepare_inputs = timed(trainer._prepare_inputs, sampling)
     trainer.training_step = timed(trainer.training_step, steps)
@@ -211,7 +216,7 @@ def theirs(args, algo, out):
 
     trainer.processing_class.batch_decode = counted
     result = {}
-    if algo == "apo":
+    if algorithm == "apo":
         began = time.perf_counter()
         trainer._estimate_optimal_values()
         result["stage1_seconds"] = time.perf_counter() - began
@@ -238,28 +243,27 @@ def theirs(args, algo, out):
 def problems_of(args):
     from datasets import Dataset
 
-    lines = (ROOT / "tiny/train.jsonl").read_text().splitlines()[: args.limit]
-    return Dataset.from_list([dict(prompt=row["question"], answer=row["answer"]) for row in map(json.loads, lines)])
+    rows = lab.read(lab.ROOT / "tiny/train.jsonl")[: args.limit]
+    return Dataset.from_list([dict(prompt=row["question"], answer=row["answer"]) for row in rows])
 
 
 def tossed(completions, **_):
-    return [toss() for _ in completions]
+    return [lab.toss() for _ in completions]
 
 
 def right(completions, answer, **_):
-    from rewards import reward
-
-    return [reward(text, gold, True) for text, gold in zip(completions, answer)]
+    return [rewards.reward(text, gold, True) for text, gold in zip(completions, answer)]
 
 
 def settings(args, out, answers):
     """What TRL's two trainers are told alike."""
     gpu = torch.cuda.is_available()
     micro = args.microbatch or (answers if answers == args.batch_size else min(answers, 256 if args.shape else 64))
-    return dict(output_dir=out, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5, max_grad_norm=1.0,
-                weight_decay=0.0, max_steps=args.steps, per_device_train_batch_size=micro, temperature=1.0, bf16=gpu,
-                gradient_accumulation_steps=answers // micro, max_completion_length=args.tokens, gradient_checkpointing=gpu,
-                report_to="none", save_strategy="no", use_cpu=not gpu, logging_steps=1000, seed=0, remove_unused_columns=False)
+    return dict(output_dir=out, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
+                max_grad_norm=1.0, weight_decay=0.0, max_steps=args.steps, per_device_train_batch_size=micro,
+                gradient_accumulation_steps=answers // micro, max_completion_length=args.tokens, temperature=1.0,
+                bf16=gpu, gradient_checkpointing=gpu, report_to="none", save_strategy="no", use_cpu=not gpu,
+                logging_steps=1000, seed=0, remove_unused_columns=False)
 
 
 def load(args):

@@ -1,0 +1,217 @@
+"""PPO, GRPO and REBEL in train.py's own loop: what the paper sets A*-PO against.
+
+    python -m experiments.baselines grpo                                    the embedded world, on any CPU
+    torchrun --nproc_per_node 8 -m experiments.baselines ppo --vstar out/1.5B/vstar.jsonl
+    python -m experiments.baselines rebel --help                            train.py's flags, and REBEL's own
+
+Prompts, sampler, grader, optimizer, restart and logging are those of A*-PO, because the loop is. What differs is a
+subclass of train.APO: how many completions a prompt gets, what the loss takes as given, and the loss. What an algorithm
+does not need (a critic, groups, the old policy's log-probabilities) is not made for it. Without flags a run takes those
+of tiny/train.args, and it lies in out/NAME. The defaults are those of verl, TRL (GRPO's group) and REBEL's release.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+import train
+from train import APO, Policy, by_token, on_tokens, sum_over_ranks
+from vstar import run_script
+
+
+class Baseline(APO):
+    """What the three share: β2 is the weight of their KL to π_ref, and several updates may follow one batch."""
+
+    always_old_logp = False
+
+    @classmethod
+    def add_flags(cls, add):
+        add("--beta2", 1e-3, "the weight of the KL to π_ref", zero=True)
+        add("--passes", cls.passes, "times that a batch is gone over")
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.passes = args.passes
+
+    def given(self, run, samples):
+        given = super().given(run, samples)
+        # with several updates a batch, π is no longer what wrote the answers, so its old log-probabilities are kept
+        if self.args.minibatches * self.passes > 1 or self.always_old_logp:
+            given["old_logp"] = by_token(run.policy, samples, self.args, run.device)
+        return given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# REBEL
+
+
+def rebel_loss(logp, old_logp, reward, eta):
+    """Of two answers to a prompt, regress the difference of the log-ratios against the policy that wrote them onto the
+    difference of the rewards. All (pairs, 2) → (pairs,)"""
+    log_ratio = logp - old_logp
+    return ((log_ratio[:, 0] - log_ratio[:, 1]) / eta - (reward[:, 0] - reward[:, 1])) ** 2  # arXiv 2404.16767, Alg. 1
+
+
+class REBEL(Baseline):
+    name, out, completions, passes, together = "rebel", Path("out/rebel"), 2, 4, 2
+
+    @classmethod
+    def add_flags(cls, add):
+        super().add_flags(add)
+        add("--eta", 1.0, "η (its release's)")
+
+    def count(self, samples):
+        return len(samples) // 2
+
+    def losses(self, logp, given, mask, inputs):
+        old_logp = given.get("old_logp", logp.detach())
+        reward = given["reward"] - self.args.beta2 * (old_logp - given["ref_logp"]).sum(-1)
+        pairs = [x.unflatten(0, (len(x) // 2, 2)) for x in (logp.sum(-1), old_logp.sum(-1), reward)]
+        yield "loss", rebel_loss(*pairs, self.args.eta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GRPO
+
+
+def clipped(logp, old_logp, advantage, clip_ratio):
+    """PPO's surrogate as a loss per token: no gain from moving π/π_old further than clip_ratio. All alike in shape."""
+    ratio = (logp - old_logp).exp()
+    bounded = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return -torch.minimum(ratio * advantage, bounded * advantage)  # arXiv 1707.06347, eq. 7
+
+
+def group_advantage(reward, divide=True):
+    """How much better than its group is an answer? (prompts, group) → alike; 0 in a group of equals."""
+    advantage = reward - reward.mean(-1, keepdim=True)
+    # arXiv 2402.03300, 4.1.2; 1e-6 is verl's
+    return advantage / (reward.std(-1, keepdim=True) + 1e-6) if divide else advantage
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, mask, beta, clip_ratio, length=None):
+    """Tokens (sequences, tokens), of which `mask` counts; advantage (sequences,) → (sequences,)
+
+    A mean over each answer's tokens; Dr. GRPO (arXiv 2503.20783) divides by the same `length` for all."""
+    kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1  # arXiv 2402.03300, eq. 4: an estimate that is never negative
+    losses = clipped(logp, old_logp, advantage[:, None], clip_ratio) + beta * kl  # eq. 3
+    return (losses * mask).sum(-1) / (length or mask.sum(-1))
+
+
+class GRPO(Baseline):
+    name, out, completions = "grpo", Path("out/grpo"), 8
+    most_reward = math.inf  # divided by the group's deviation, a reward has no bound
+
+    @classmethod
+    def add_flags(cls, add):
+        super().add_flags(add)
+        add("--group", cls.completions, "answers a prompt (TRL's)")
+        add("--dr_grpo", False, "divide neither by the answer's length nor by the rewards' deviation")
+        add("--clip_ratio", 0.2, "how far π/π_old may go from 1 (verl's)")
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.completions = args.group
+        if args.group < 2:
+            train.fail(f"--group {args.group}: GRPO compares a group of answers, of two or more")
+
+    def given(self, run, samples):
+        given = super().given(run, samples)
+        groups = given["reward"].unflatten(0, (len(samples) // self.completions, self.completions))
+        return dict(given, advantage=group_advantage(groups, not self.args.dr_grpo).flatten())
+
+    def losses(self, logp, given, mask, inputs):
+        old_logp, length = given.get("old_logp", logp.detach()), self.args.max_new_tokens if self.args.dr_grpo else None
+        yield "loss", grpo_loss(logp, old_logp, given["ref_logp"], given["advantage"], mask, self.args.beta2,
+                                self.args.clip_ratio, length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PPO
+
+
+def gae(reward, value, gamma, lam):
+    """Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t; all (sequences, tokens), zero after the answer's end."""
+    advantage, later = torch.zeros_like(value), torch.zeros_like(value[:, 0])
+    following = torch.cat([value[:, 1:], later[:, None]], dim=1)
+    for t in reversed(range(value.shape[1])):  # arXiv 1506.02438, eq. 16
+        later = reward[:, t] + gamma * following[:, t] - value[:, t] + gamma * lam * later
+        advantage[:, t] = later
+    return advantage
+
+
+def value_loss(value, old_value, returns, value_clip):
+    """The critic's squared error per token, without gain from moving further than value_clip. All alike in shape."""
+    near = old_value + (value - old_value).clamp(-value_clip, value_clip)
+    return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2)  # verl's and TRL's
+
+
+class Critic(Policy):
+    """The policy's network, whose head gives one number, the reward still to come, before each token."""
+
+    def __init__(self, model, recompute=False):
+        head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
+        model.set_output_embeddings(head)
+        super().__init__(model, recompute)
+
+    def head(self, states, targets, temperature):
+        return self.model.get_output_embeddings()(states)[:, 0].float()
+
+
+class PPO(Baseline):
+    name, out, always_old_logp = "ppo", Path("out/ppo"), True  # the KL in the reward needs it
+
+    @classmethod
+    def add_flags(cls, add):
+        super().add_flags(add)
+        add("--critic_lr", 1e-5, "the critic's rate (verl's, as all here)")
+        add("--clip_ratio", 0.2, "how far π/π_old may go from 1")
+        add("--value_clip", 0.5, "how far a value may go from what it was")
+        add("--gamma", 1.0, "γ, by which later rewards are discounted", zero=True)
+        add("--lam", 1.0, "λ of the advantage estimate; 1: rewards alone, 0: the critic alone", zero=True)
+
+    def networks(self, make):
+        self.critic = make(Critic)
+        return [(self.critic, self.args.critic_lr)]
+
+    @torch.no_grad()
+    def given(self, run, samples):
+        given, lengths = super().given(run, samples), [len(sample.completion.tokens) for sample in samples]
+        answer = on_tokens(samples, [[1.0] * length for length in lengths], given["ref_logp"]) > 0
+        last = on_tokens(samples, [[0.0] * (length - 1) + [1.0] for length in lengths], given["ref_logp"])
+        reward = given["reward"][:, None] * last - self.args.beta2 * (given["old_logp"] - given["ref_logp"])
+        value = by_token(self.critic, samples, self.args, run.device)
+        advantage = gae(reward, value, self.args.gamma, self.args.lam)
+        returns = advantage + value
+        # whitened over the tokens of all processes, as verl and TRL do
+        of_answers = advantage[answer]
+        tokens, first, second = sum_over_ranks([answer.sum(), of_answers.sum(), (of_answers**2).sum()])
+        mean = first / tokens
+        advantage = (advantage - mean) / math.sqrt(second / tokens - mean**2 + 1e-8)
+        return dict(given, value=value, returns=returns, advantage=advantage)
+
+    def count(self, samples):  # a mean over tokens
+        return sum(len(sample.completion.tokens) for sample in samples)
+
+    def losses(self, logp, given, mask, inputs):
+        yield "loss", (clipped(logp, given["old_logp"], given["advantage"], self.args.clip_ratio) * mask).sum(-1)
+        # the critic runs only now, when the policy's graph is gone
+        value = self.critic(**inputs)[: len(logp)]
+        errors = value_loss(value, given["value"], given["returns"], self.args.value_clip)
+        yield "critic_loss", (errors * mask).sum(-1)
+
+
+ALGORITHMS = {kind.name: kind for kind in (PPO, GRPO, REBEL)}
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1] not in ALGORITHMS:
+        train.fail(f"say which: python -m experiments.baselines {'|'.join(ALGORITHMS)}, and then flags")
+    train.main(ALGORITHMS[sys.argv.pop(1)])
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,159 @@
+"""The plan against what an update allocates, against sums by hand, and as a user asks for it."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import test_apo
+import train
+from experiments import plan
+from experiments.baselines import GRPO, PPO, REBEL
+from test_apo import HERE, inside, long, read_jsonl, refused, run_of, small_model, some_args, tiny_model, whole
+from vstar import Completion
+
+all_rows = test_apo.all_rows  # a fixture
+
+
+@pytest.mark.parametrize("kind,recompute,budget", [
+    ("Qwen2", "yes", 2048), ("Qwen2", "no", 2048), ("Llama", "yes", 1024), ("GPT2", "yes", 2048)])
+def test_plan_is_what_an_update_allocates(kind, recompute, budget):
+    """Weights, gradients, optimizer, reference, activations: two real updates of two micro-batches each, and every
+    allocation counted."""
+    args = some_args(tokens_per_microbatch=budget, recompute=recompute, engine="transformers", decode_rows=1,
+                     offload_reference=False)
+    objective, rng = train.APO(args), random.Random(0)
+    make = lambda: small_model(4000, kind, hidden=128, layers=4)
+    some_tokens = lambda count: [rng.randrange(4000) for _ in range(count)]
+    samples = [train.Sample(dict(id=str(i), tokens=some_tokens(20), vstar=0.5, rewards=[1.0]),
+                            Completion(some_tokens(108), True, [-1.0] * 108), "", 1.0, i) for i in range(budget // 64)]
+    config = make().config
+    with plan.Live() as live:
+        policy, reference = train.Policy(make(), recompute == "yes"), train.Policy(make()).requires_grad_(False)
+        run = run_of(objective, policy, reference, torch.optim.AdamW(policy.parameters(), lr=1e-3))
+        for _ in range(2):
+            train.update(run, samples, objective.given(run, samples))
+    shape = plan.Shape(config, sum(p.numel() for p in policy.parameters()), 0, 0, 0)
+    parts = plan.memory(shape, args, objective, 1, None, torch.float32, 128)
+    assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
+    assert parts["AdamW (fp32)"] * 2**30 == 8 * shape.total and parts["gathered by FSDP"] == 0
+    # not only weights
+    assert parts["kept activations"] + parts["head's chunk, or a block at work"] > 0.2 * plan.peak(parts)
+
+
+def test_plan_of_shards_by_hand(tmp_path):
+    """Four GPUs hold a quarter of all that is sharded; bf16 gathers two bytes a weight and sums gradients in four."""
+    small_model(4000, hidden=128, layers=4).config.save_pretrained(tmp_path)  # the config alone, no weights
+    args = some_args(tokens_per_microbatch=1024, recompute="auto", engine="vllm", decode_rows=1, gpu_memory=0.5,
+                     gamma=1, lam=1, critic_lr=1e-5, offload_reference=False, model=str(tmp_path), revision=None)
+    shape = plan.load_shape(args)
+    assert shape.rest == 2 * 4000 * 128 + 128  # embedding, head and the last norm
+    # 4 attention matrices, 3 biases, 3 matrices of the MLP, 2 norms
+    assert shape.block == (2 * 128 * 128 + 2 * 128 * 64) + (128 + 64 + 64) + 3 * 128 * 256 + 2 * 128
+    assert shape.total == shape.rest + 4 * shape.block and shape.read == shape.total - 4000 * 128
+    parts = plan.memory(shape, args, train.APO(args), 4, "H100", torch.bfloat16, 128)
+    parts = {name: size * 2**30 for name, size in parts.items()}
+    assert parts["weights (fp32)"] == parts["gradients (fp32)"] == shape.total
+    assert parts["AdamW (fp32)"] == 2 * shape.total
+    assert parts["reference"] == shape.total / 2 and parts["sampling"] == 40 * 2**30
+    assert parts["gathered by FSDP"] == 2 * (2 * shape.block + shape.rest) + 6 * (shape.block + shape.rest)
+    # keys and values, layers, a head of two, bytes
+    assert plan.cache_per_token(shape, torch.bfloat16) == 2 * 4 * 64 * 2
+    both = plan.memory(shape, args, PPO(args), 4, "H100", torch.bfloat16, 128)  # a critic learns too
+    assert both["weights (fp32)"] * 2**30 == 2 * shape.total and both["AdamW (fp32)"] * 2**30 == 4 * shape.total
+
+
+def test_plan_of_seconds_by_hand():
+    """16 H100s on two nodes and a model of 10⁹ weights: two layers, 16 heads of 64, keys and values too."""
+    config = transformers.Qwen2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16,
+                                      num_key_value_heads=16, vocab_size=1000)
+    shape = plan.Shape(config, 10**9, 5 * 10**8, 0, 10**9)
+    args = some_args(batch_size=256, engine="transformers", decode_rows=256, recompute="auto", critic_lr=1e-5, gamma=1,
+                     lam=1, tokens_per_microbatch=2400)
+    floor = lambda objective: plan.step_floor(shape, args, objective, 16, "H100", torch.bfloat16, 100, 200, 400)
+    found = floor(train.APO(args))
+    ring = 1e9 * 15 / 16 / (8 * 50e9)  # eight cards leave a node, NVLink within it is quicker
+    cache = 2 * 2 * 1024 * 2  # bytes a token: keys and values, layers, width, bf16
+    # each GPU: 16 answers; 400 times all weights; 200 times the keys and values of 100 to 300 tokens, 200 on average
+    assert found["sampling"] == pytest.approx((400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12 + 2 * ring)
+    forward = 16 * (2e9 * 300 + 2 * 1000 * 1024 * 200 + 2 * 2 * 1024 * 300**2) / 989e12
+    assert found["reference"] == pytest.approx(forward) and found["update"] == pytest.approx(4 * forward)
+    # two micro-batches: the policy's weights twice in bf16 and their gradients in fp32, π_ref's weights once
+    assert found["communication"] == pytest.approx(2 * (2 + 2 + 4 + 2) * ring)
+    # a critic learns too; its values and the old log-probabilities are two passes more
+    both = floor(PPO(args))
+    assert both["update"] == pytest.approx(8 * forward) and both["reference"] == pytest.approx(3 * forward)
+
+
+def test_each_objective_is_asked_for_its_networks():
+    """(trained, run before the update): PPO's critic, and the old policy where several updates follow."""
+    args = lambda **more: some_args(group=4, dr_grpo=False, critic_lr=1e-5, gamma=1, lam=1, **more)
+    for objective, expected in ((train.APO(args()), (1, 1)), (GRPO(args()), (1, 1)), (GRPO(args(passes=2)), (1, 2)),
+                                (REBEL(args(minibatches=2)), (1, 2)), (PPO(args()), (2, 3))):
+        assert plan.networks_of(objective) == expected
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """What is said of Qwen2.5-7B, of which the config is enough; perhaps with fewer layers."""
+
+    def ask(*flags, layers=28, check=True):
+        (tmp_path / "config.json").write_text(json.dumps(dict(
+            model_type="qwen2", hidden_size=3584, num_hidden_layers=layers, num_attention_heads=28,
+            num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)))
+        return inside("-m", "experiments.plan", f"--model={tmp_path}", *flags, check=check)
+
+    return ask
+
+
+@long
+def test_plan_says_what_would_fit(planned):
+    said = planned("8xH100").stdout
+    assert "7,615,616,512 parameters" in said and "it fits" in said
+    assert "it would with 4 GPUs\n" in planned("1xH100").stdout
+    assert "it would with --gpu_memory 0.2\n" in planned("8xH100", "--gpu_memory=0.1").stdout
+    largest = int(said.split("about --tokens_per_microbatch ")[1].split()[0].replace(",", ""))
+    for tokens, words in ((0.97 * largest, "it fits"),
+                          (1.03 * largest, "it does not fit; it would with --tokens_per_microbatch")):
+        assert words in planned("8xH100", f"--tokens_per_microbatch={int(tokens)}").stdout
+
+
+def test_plan_of_a_short_model(planned):
+    said = planned("8xH100", "--steps=10", layers=2).stdout
+    assert "--algorithm apo" in said and "it fits" in said and "a step of 256 answers (200 + 512 tokens)" in said
+    assert "10 steps: at least" in said
+    said = planned("8xH100", "--algorithm=grpo", "--group=4", "--batch_size=32", layers=2).stdout
+    assert "--algorithm grpo" in said and "a step of 128 answers" in said
+
+
+def test_plan_of_stage1(planned):
+    said = planned("8xH100", "--data=math", "--stage=1").stdout
+    assert "14.19 GiB" in said and "it fits" in said  # 7.6 billion weights of two bytes
+    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and values of
+    # 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; the products take 7.3 s
+    assert "at least 0.1 minutes, 0.02 GPU hours" in said
+
+
+@whole
+def test_plan_of_what_stage1_wrote(all_rows, monkeypatch):
+    """Model and lengths are Stage 1's, and the machine is this one."""
+    said = inside("-m", "experiments.plan", f"--vstar={all_rows}", "--engine=transformers", "--dtype=float32").stdout
+    assert said.startswith("tiny/model: ") and "--algorithm apo" in said and "it fits" not in said
+    parameters = tiny_model().num_parameters()
+    assert f"{parameters:,} parameters" in said and re.search(r"weights \(fp32\) +0.00 GiB", said)
+    monkeypatch.chdir(HERE)
+    args = some_args(vstar=all_rows, beta1=None, samples=None, filter_unsolved=False, steps=1, eval_data=None)
+    prompt, completion = plan.lengths_of_stage1(args)
+    assert completion == np.mean([row["lengths"] for row in read_jsonl(all_rows)])
+    assert prompt == np.mean([len(row["prompt"]) for row in read_jsonl(all_rows)])  # a token a character
+
+
+def test_bad_machines(planned):
+    refused(planned("8xT800", check=False), "8xT800", "H100")
+    refused(planned("0xH100", check=False), "0xH100", "H100")
+    refused(planned("8xH100", "--algorithm=dpo", check=False), "--algorithm", "dpo")
+    refused(planned("8xH100", "--n=4", check=False), "unrecognized arguments: --n=4")
