@@ -367,6 +367,7 @@ def parse_args(Objective):
 
 def main(Objective=APO):
     args = parse_args(Objective)
+    objective = Objective(args)
     device = start_process(args, group=True)
     with first_process_first():
         rows, stage1 = read_stage1(args)
@@ -379,13 +380,13 @@ def main(Objective=APO):
             made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "model")]
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
                     "tokens_per_microbatch", "recompute", "offload_reference"]
-            guard_settings(args.out / "config.json", args, made, free, algorithm=Objective.name, stage1=stage1,
+            guard_settings(args.out / "config.json", args, made, free, algorithm=objective.name, stage1=stage1,
                            vstar_sum=sum(row["vstar"] for row in rows))
             print(f"Stage 2: {len(rows)} prompts of {stage1['data']}, {args.steps} steps of {args.batch_size} from "
                   f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}; accuracy on "
                   f"{len(held_out)} held-out problems (--eval_data)")
     start = int(sum_over_ranks(last_checkpoint(args.out) if RANK == 0 else 0))
-    run = make_run(args, Objective(args), tokenizer, eos, rows + held_out, device)
+    run = make_run(args, objective, tokenizer, eos, rows + held_out, device)
     if start > 0:
         load_checkpoint(run, start)
         if RANK == 0:
