@@ -651,7 +651,7 @@ def ask(problems, args):
     the ids that end an answer"""
     tokenizer, eos, window = load_tokenizer(args.model, args.revision)
     for problem in problems:
-        if "prompt" not in problem:  # Stage 1's rows have theirs
+        if "question" in problem:  # Stage 1's rows have their prompt
             problem["prompt"] = make_prompt(tokenizer, problem["question"], args.suffix, args.chat)
         problem["tokens"] = encode(tokenizer, problem["prompt"], args.chat)
         if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
