@@ -453,8 +453,8 @@ def make_run(args, objective, tokenizer, eos, prompts, device):
 
 def shard(policy, device, dtype, master=False, offload=False):
     """Spread the weights over all processes (FSDP2): one group for each block, one for the rest (tied embeddings stay
-    together). `master`: the weights are fp32, computed with in `dtype`; gradients add up in fp32. In
-    pure bf16 AdamW at a rate of 1e-6 would move about 2 % of the weights: the others round back to where they were."""
+    together). `master`: the weights are fp32, computed with in `dtype`; gradients add up in fp32. In pure bf16 AdamW at
+    a rate of 1e-6 would move about 2 % of the weights: the others round back to where they were."""
     if not dist.is_initialized():
         return policy.to(device, torch.float32)
     options = dict(mesh=dist.device_mesh.init_device_mesh(device.type, (WORLD,)),

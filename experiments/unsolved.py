@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 
 from experiments import lab
+from train import accuracies
 
 SHARES = [0.0, 0.25, 0.5, 0.75, 0.95]
 VARIANTS = {"all prompts": [], "β2 = 0.01": ["--beta2=0.01"], "filtered": ["--filter_unsolved"]}  # β2 is 0.1 otherwise
@@ -37,7 +38,7 @@ def main():
         rows = lab.train(args, out, reference(share, seed), *VARIANTS[variant], f"--seed={seed}", "--eval_every=5",
                          threads=1)
         late = {key: lab.mean(key, rows[-10:]) for key in ("unsolved", "vstar", "reward", "loss", "kl", "length")}
-        return dict(late, accuracy=lab.accuracies(rows)[-1], loss_first=lab.mean("loss", rows[1:11]),
+        return dict(late, accuracy=accuracies(rows)[-1], loss_first=lab.mean("loss", rows[1:11]),
                     seconds=sum(map(lab.seconds_of, rows)),
                     curve=[[row["step"], row["accuracy"]] for row in rows if "accuracy" in row])
 
