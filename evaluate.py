@@ -54,7 +54,7 @@ def main():
     if args.temperature == 0 and (args.samples > 1 or args.reference):
         fail("--temperature 0 gives one greedy answer: it goes with --samples 1 and without --reference")
     device, work = start_process(args, args.tensor_parallel), []
-    with first_process_first():
+    with first_process_first("prepared"):
         args.engine, why = pick_engine(args.engine)
         for model in args.model:
             for data in args.data:

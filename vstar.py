@@ -76,9 +76,10 @@ def make_parser():
 
 
 def main():
-    args = read_flags(make_parser(), "vstar")
+    with first_process_first("flags"):
+        args = read_flags(make_parser(), "vstar")
     device = start_process(args, args.tensor_parallel)
-    with first_process_first():
+    with first_process_first("prepared"):
         problems, tokenizer, eos = prepare(args)
         args.engine, why = pick_engine(args.engine)
         if RANK == 0:
@@ -381,8 +382,8 @@ class VLLMSampler:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, reproducible and reachable
         import vllm
 
-        gpu = torch.cuda.is_available()
-        self.sleeps = training and gpu
+        gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+        self.sleeps, self.proved = training and gpu, False
         self.llm = vllm.LLM(
             args.model, revision=args.revision, dtype=args.dtype, seed=args.seed + RANK,
             max_model_len=window, tensor_parallel_size=getattr(args, "tensor_parallel", 1), enforce_eager=not gpu,
@@ -390,12 +391,13 @@ class VLLMSampler:
             kv_cache_memory_bytes=None if gpu else 1 << 30,
             generation_config="vllm",  # not the model's own top-k and top-p: they would make ln π/π_ref a lie
             logprobs_mode="processed_logprobs",  # after the temperature, as in the loss
-            disable_log_stats=True,
+            disable_log_stats=True, use_tqdm_on_load=False,
         )
+        torch.set_num_threads(threads)  # vLLM leaves one, too few for the update on a CPU
         self.sampling = dict(temperature=args.temperature, top_p=1.0, top_k=-1, max_tokens=args.max_new_tokens,
                              stop_token_ids=eos, detokenize=False, logprobs=0 if training else None)
         if self.sleeps:
-            self.llm.sleep(level=1)
+            self.llm.sleep(level=2)
 
     def generate(self, prompts, n, seeds):
         return next(self.stream([(prompts, seeds)], n), (0, []))[1]
@@ -417,6 +419,7 @@ class VLLMSampler:
                     completions[index][place] = [self.completion(copy) for copy in output.outputs]
                     if all(completions[index]):
                         yield index, completions[index]
+                        completions[index] = None  # Stage 1's answers may be gigabytes
 
     @staticmethod
     def completion(copy):
@@ -428,16 +431,37 @@ class VLLMSampler:
     def holding(self, policy):
         """It wakes, takes the policy's weights as they are now, and sleeps again: the update needs the GPU's memory."""
         if self.sleeps:
-            self.llm.wake_up()
+            self.llm.wake_up(["weights"])
+        if not self.proved:
+            self.prove(policy)
         self.load(policy.full_weights())
+        if self.sleeps:
+            self.llm.wake_up(["kv_cache"])
+        self.llm.reset_prefix_cache()  # or old keys and values answer for the new weights
         yield
         if self.sleeps:
-            self.llm.sleep(level=1)  # the weights wait in CPU memory, the cache is dropped
+            self.llm.sleep(level=2)  # nothing waits in CPU memory: the next push brings all weights
 
     def load(self, named_tensors):
         # without an iterator reload_weights reads the *old* checkpoint from disk
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(named_tensors)))
-        self.llm.reset_prefix_cache()  # or old keys and values answer for the new weights
+
+    def prove(self, policy):
+        """Does a push arrive? In the first, the vectors (norms) are doubled, and read back out of the engine."""
+        pushed = {}
+
+        def doubled():
+            for name, tensor in policy.full_weights():
+                if tensor.dim() == 1:
+                    tensor = pushed[name] = 2 * tensor
+                yield name, tensor
+
+        self.load(doubled())
+        held = lambda worker: {name: tensor for name, tensor in worker.get_model().named_parameters() if name in pushed}
+        (arrived,) = self.llm.collective_rpc(held)
+        if not all(tensor.equal(pushed[name].to(tensor)) for name, tensor in arrived.items()):
+            fail("vLLM does not take the policy's weights: it holds others after a push; try --engine transformers")
+        self.proved = True
 
     def close(self):
         """Gives everything back, so that another model's engine can start in this process."""
@@ -541,6 +565,16 @@ def add_problem_flags(parser, split, files=None):
 def run_script(main):
     """main(), with what a user can mend said in one line."""
     try:
+        in_one_line(main)
+    except SystemExit as end:
+        if end.code and "vllm" in sys.modules:  # torn down now, an engine (asleep, say) would print errors behind ours
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
+
+
+def in_one_line(main):
+    try:
         main()
     except OSError as error:
         fail(f"{error.filename or 'writing'}: {error.strerror or error}")
@@ -603,13 +637,13 @@ def torchrun_store():
 
 
 @contextmanager
-def first_process_first():
+def first_process_first(place):
     """The first process reports what is wrong, downloads and prepares. The others do the same after it."""
     if RANK > 0:
-        barrier("prepared")
+        barrier(place)
     yield
     if RANK == 0:
-        barrier("prepared")
+        barrier(place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from train import accuracies
 BASE = dict(samples=8, beta1=0.5, beta2=0.1, filter=0)
 VARY = dict(samples=[1, 2, 4, 8, 16, 32], beta1=["inf", 2, 1, 0.5, 0.25, 0.125], beta2=[1e-3, 1e-2, 1e-1, 1, 10],
             filter=[0, 1])
-LABELS = dict(samples="N", beta1="β1", beta2="β2", filter="--filter_unsolved")
+LABELS = dict(samples="N", beta1="β1", beta2="β2", filter="--filter unsolved")
 LINES = dict(accuracy="held-out accuracy", reward="mean reward over the run", loss="loss, last ten steps")
 
 
@@ -32,7 +32,7 @@ def main():
             steps = round(steps * np.mean([any(row["rewards"][: choice["samples"]]) for row in lab.read(first)]))
         out = "out/ablations/" + (f"{name}-{value}" if value != BASE[name] else "base") + f"/{seed}"
         rows = lab.train(args, out, first, f"--samples={choice['samples']}", f"--beta1={choice['beta1']}",
-                     f"--beta2={choice['beta2']}", *["--filter_unsolved"] * choice["filter"], f"--seed={seed}",
+                     f"--beta2={choice['beta2']}", *["--filter=unsolved"] * choice["filter"], f"--seed={seed}",
                      f"--steps={steps}", threads=1)
         return dict(accuracy=accuracies(rows)[-1], reward=lab.mean("reward", rows[1:]),
                     loss=lab.mean("loss", rows[-10:]), kl=lab.mean("kl", rows[-10:]), vstar=lab.mean("vstar", rows[1:]),

@@ -4,7 +4,7 @@
 
 Of 1,024 training prompts a growing share is replaced by sums of seven and eight digits. The embedded π_ref, which adds
 two to four, practically never solves them. There are three ways to train: on all prompts; on all with a tenth of β2,
-which is a weaker pull to π_ref; and with --filter_unsolved. Each takes as many steps, and the held-out problems are the
+which is a weaker pull to π_ref; and with --filter unsolved. Each takes as many steps, and the held-out problems are the
 same. Restartable: what is in out/unsolved/ is not run again.
 """
 
@@ -17,7 +17,7 @@ from experiments import lab
 from train import accuracies
 
 SHARES = [0.0, 0.25, 0.5, 0.75, 0.95]
-VARIANTS = {"all prompts": [], "β2 = 0.01": ["--beta2=0.01"], "filtered": ["--filter_unsolved"]}  # β2 is 0.1 otherwise
+VARIANTS = {"all prompts": [], "β2 = 0.01": ["--beta2=0.01"], "filtered": ["--filter=unsolved"]}  # β2 is 0.1 otherwise
 
 
 def main():
