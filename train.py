@@ -33,8 +33,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.functional import linear
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -212,6 +213,36 @@ class Policy(torch.nn.Module):
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
         model.eval()  # no dropout: π is a function of the weights
+        self.scale, self.adapted = 0.0, True
+
+    def adapt(self, rank, dtype, seed):
+        """LoRA (arXiv 2106.09685): the linear layers of the blocks become (W + 32/rank · B A) x. A and B learn, in
+        fp32; all else is frozen, in `dtype`. B starts at 0, so π starts as π_ref to the bit. → self"""
+        for parameter in self.requires_grad_(False).parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.scale, dice = 32 / rank, torch.Generator().manual_seed(seed)  # all processes draw the same A
+        layers = [m for block in self.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        if not layers:
+            fail(f"--lora: the blocks of a {type(self.model).__name__} hold no torch.nn.Linear")
+        for layer in layers:
+            a = torch.nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), math.sqrt(5), generator=dice)
+            layer.lora_A = torch.nn.Parameter(a)
+            layer.lora_B = torch.nn.Parameter(torch.zeros(layer.out_features, rank))
+            layer.register_forward_hook(self.add)
+        return self
+
+    def add(self, layer, inputs, output):
+        if self.adapted:
+            a, b = layer.lora_A.to(output.dtype), layer.lora_B.to(output.dtype)
+            return output.add(linear(linear(inputs[0], a), b), alpha=self.scale)
+
+    def unadapted(self, **inputs):
+        """π_ref: the same network with the additions switched off. Not under a gradient: a block that is computed again
+        in the backward pass would have them."""
+        self.adapted = False
+        logp = self(**inputs)
+        self.adapted = True
+        return logp
 
     def forward(self, mask=None, temperature=1.0, **inputs):
         # a block's own flag makes transformers recompute it (without a cache: not while sampling); dropout stays off
@@ -253,9 +284,19 @@ class Policy(torch.nn.Module):
             module.set_reshard_after_forward(module is not self, recurse=False)  # FSDP's default
             module.reshard()
 
-    def full_weights(self):
-        """(name, tensor). The state dict, unlike named_parameters, names tied weights twice, and vLLM wants both."""
-        return ((name.removeprefix("model."), full_tensor(tensor)) for name, tensor in self.state_dict().items())
+    def full_weights(self, frozen=False):
+        """(name, tensor). The state dict, unlike named_parameters, names tied weights twice, and vLLM wants both.
+        Additions are merged. Layers without them come only with `frozen`: an engine has read those itself."""
+        state = self.state_dict()
+        for name, tensor in state.items():
+            layer, _, kind = name.rpartition(".")
+            a, b = (state.get(f"{layer}.lora_{factor}") for factor in "AB")
+            if kind.startswith("lora_") or (self.scale and a is None and not frozen):
+                continue
+            tensor = full_tensor(tensor)
+            if a is not None and kind == "weight":
+                tensor = tensor + self.scale * full_tensor(b) @ full_tensor(a)  # fp32
+            yield name.removeprefix("model."), tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +377,8 @@ def make_parser(Objective):
     add("--epochs", 10.0, "passes over the prompts")
     add("--steps", int, "instead of --epochs")
     add = parser.group("optimizer")
-    add("--lr", 1e-6, "AdamW's rate")
+    add("--lora", int, "train additions of this rank to the linear layers, not the weights: no second model for π_ref")
+    add("--lr", float, "AdamW's rate; default: 1e-6, with --lora 1e-5")
     add("--weight_decay", 0.0, "AdamW's")
     add("--warmup", 0, "steps over which the rate rises")
     add("--max_grad_norm", 1.0, "bound on the gradient's global norm; that of A*-PO carries 2 β2, so at 1e-3 only a "
@@ -360,6 +402,7 @@ def make_parser(Objective):
 
 def parse_args(Objective):
     args = read_flags(make_parser(Objective), "train")
+    args.lr = args.lr or (1e-5 if args.lora else 1e-6)
     if args.batch_size < args.minibatches:
         fail(f"--minibatches {args.minibatches} is more than --batch_size {args.batch_size}")
     if args.wandb and importlib.util.find_spec("wandb") is None:
@@ -434,16 +477,23 @@ def read_stage1(args):
 
 
 def make_run(args, objective, tokenizer, eos, prompts, device):
-    """The engine first, while the memory is free; then what is trained, with fp32 masters; then π_ref."""
+    """The engine first, while the memory is free; then what is trained, with fp32 masters, and π_ref."""
     dtype = getattr(torch, args.dtype)
     recompute = args.recompute == "yes" or (args.recompute == "auto" and device.type == "cuda")
     load = lambda dtype: load_model(args.model, args.revision, dtype, "cpu")
     make = lambda kind: shard(kind(load("auto"), recompute), device, dtype, master=True)
     sampler = make_sampler(args, eos, prompts, device, training=True)
-    policy = make(Policy)
-    reference = shard(Policy(load(args.dtype)).requires_grad_(False), device, dtype, offload=args.offload_reference)
+    if args.lora:
+        policy = Policy(load("auto"), recompute).adapt(args.lora, dtype, args.seed)
+        # one process needs no FSDP, which would gather a second copy to sample from
+        policy = shard(policy, device, dtype) if WORLD > 1 else policy.to(device)
+        reference = policy.unadapted
+    else:
+        policy = make(Policy)
+        reference = shard(Policy(load(args.dtype)).requires_grad_(False), device, dtype, offload=args.offload_reference)
     learners = [(policy, args.lr), *objective.networks(make)]
-    optimizer = torch.optim.AdamW([dict(params=network.parameters(), peak=rate) for network, rate in learners],
+    optimizer = torch.optim.AdamW([dict(params=[p for p in network.parameters() if p.requires_grad], peak=rate)
+                                   for network, rate in learners],
                                   betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
     barrier("loaded")  # slow disks and engines must not run into the ten minutes of NCCL's first collective
     check_head(policy, device, args)
@@ -646,10 +696,13 @@ def saved(out):
     return sorted(out.glob("checkpoint/" + "[0-9]" * 8))
 
 
+LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with --lora the additions alone
+
+
 def save_checkpoint(run, step):
     """A folder with every process's shards. The two newest stay."""
     out = run.args.out
-    model, optimizer = get_state_dict(run.trained, run.optimizer)
+    model, optimizer = get_state_dict(run.trained, run.optimizer, options=LEARNED)
     (out / "checkpoint").mkdir(exist_ok=True)
     with written_whole(out / f"checkpoint/{step:08d}", mine=RANK == 0) as aside:
         try:
@@ -664,19 +717,19 @@ def save_checkpoint(run, step):
 
 def load_checkpoint(run, step):
     folder = run.args.out / f"checkpoint/{step:08d}"
-    model, optimizer = get_state_dict(run.trained, run.optimizer)
+    model, optimizer = get_state_dict(run.trained, run.optimizer, options=LEARNED)
     try:
         dcp.load(dict(model=model, optimizer=optimizer), checkpoint_id=folder)
     except (OSError, ValueError, dcp.CheckpointException) as error:
         fail(f"{folder} cannot be read ({str(error).strip().splitlines()[0]}); remove it to go on from the one before")
-    set_state_dict(run.trained, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    set_state_dict(run.trained, run.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=LEARNED)
 
 
 def save_model(run):
     """The finished model as a Hugging Face folder, in π_ref's own precision."""
     policy, dtype = run.policy, run.policy.saved_dtype
     # all gather each tensor, the first process keeps it
-    weights = {name: tensor.to("cpu", dtype) for name, tensor in policy.full_weights() if RANK == 0}
+    weights = {name: tensor.to("cpu", dtype) for name, tensor in policy.full_weights(frozen=True) if RANK == 0}
     if RANK == 0:
         with written_whole(run.args.out / "model") as aside:
             policy.model.save_pretrained(aside, state_dict=weights)
