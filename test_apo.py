@@ -318,7 +318,7 @@ def some_samples(count, seed=0, vocabulary=11):
 
 def some_args(**more):
     return SimpleNamespace(**{**dict(tokens_per_microbatch=100_000, temperature=1.0, beta2=0.1, max_grad_norm=1e9,
-                                     minibatches=1, batch_size=24, passes=1, max_new_tokens=13), **more})
+                                     minibatches=1, batch_size=24, passes=1, max_new_tokens=13, lora=None), **more})
 
 
 def run_of(objective, policy, reference, optimizer=None):

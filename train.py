@@ -289,12 +289,11 @@ class Policy(torch.nn.Module):
         Additions are merged. Layers without them come only with `frozen`: an engine has read those itself."""
         state = self.state_dict()
         for name, tensor in state.items():
-            layer, _, kind = name.rpartition(".")
-            a, b = (state.get(f"{layer}.lora_{factor}") for factor in "AB")
-            if kind.startswith("lora_") or (self.scale and a is None and not frozen):
+            a, b = (state.get(name.rpartition(".")[0] + factor) for factor in (".lora_A", ".lora_B"))
+            if ".lora_" in name or (self.scale and a is None and not frozen):
                 continue
             tensor = full_tensor(tensor)
-            if a is not None and kind == "weight":
+            if a is not None and name.endswith(".weight"):
                 tensor = tensor + self.scale * full_tensor(b) @ full_tensor(a)  # fp32
             yield name.removeprefix("model."), tensor
 
@@ -378,7 +377,7 @@ def make_parser(Objective):
     add("--steps", int, "instead of --epochs")
     add = parser.group("optimizer")
     add("--lora", int, "train additions of this rank to the linear layers, not the weights: no second model for π_ref")
-    add("--lr", float, "AdamW's rate; default: 1e-6, with --lora 1e-5")
+    add("--lr", float, "AdamW's rate; default: 1e-6, with --lora 5e-6")
     add("--weight_decay", 0.0, "AdamW's")
     add("--warmup", 0, "steps over which the rate rises")
     add("--max_grad_norm", 1.0, "bound on the gradient's global norm; that of A*-PO carries 2 β2, so at 1e-3 only a "
@@ -402,7 +401,7 @@ def make_parser(Objective):
 
 def parse_args(Objective):
     args = read_flags(make_parser(Objective), "train")
-    args.lr = args.lr or (1e-5 if args.lora else 1e-6)
+    args.lr = args.lr or (5e-6 if args.lora else 1e-6)
     if args.batch_size < args.minibatches:
         fail(f"--minibatches {args.minibatches} is more than --batch_size {args.batch_size}")
     if args.wandb and importlib.util.find_spec("wandb") is None:
@@ -492,8 +491,7 @@ def make_run(args, objective, tokenizer, eos, prompts, device):
         policy = make(Policy)
         reference = shard(Policy(load(args.dtype)).requires_grad_(False), device, dtype, offload=args.offload_reference)
     learners = [(policy, args.lr), *objective.networks(make)]
-    optimizer = torch.optim.AdamW([dict(params=[p for p in network.parameters() if p.requires_grad], peak=rate)
-                                   for network, rate in learners],
+    optimizer = torch.optim.AdamW([dict(params=network.parameters(), peak=rate) for network, rate in learners],
                                   betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
     barrier("loaded")  # slow disks and engines must not run into the ten minutes of NCCL's first collective
     check_head(policy, device, args)

@@ -122,8 +122,9 @@ def problems(path, count, digits, operator, seed, but=()):
 # hidden size, layers, heads, heads of keys and values, inner size, vocabulary, tied: as in the config.json of each
 # Qwen2.5; and one for trying the scripts
 SHAPES = {"toy": (64, 2, 2, 1, 128, 151936, True), "0.5B": (896, 24, 14, 2, 4864, 151936, True),
-          "1.5B": (1536, 28, 12, 2, 8960, 151936, True), "7B": (3584, 28, 28, 4, 18944, 152064, False),
-          "32B": (5120, 64, 40, 8, 27648, 152064, False), "72B": (8192, 80, 64, 8, 29568, 152064, False)}
+          "1.5B": (1536, 28, 12, 2, 8960, 151936, True), "3B": (2048, 36, 16, 2, 11008, 151936, True),
+          "7B": (3584, 28, 28, 4, 18944, 152064, False), "32B": (5120, 64, 40, 8, 27648, 152064, False),
+          "72B": (8192, 80, 64, 8, 29568, 152064, False)}
 
 
 def config_of(shape, **more):

@@ -36,7 +36,8 @@ from vstar import WORLD, Completion, run_script
 
 # memory in GiB, dense bf16 FLOP/s, bytes/s of memory, and (one way) to other GPUs of the node; the makers' data sheets
 GPUS = {"A100": (80, 312e12, 2.04e12, 300e9), "H100": (80, 989e12, 3.35e12, 450e9),
-        "H200": (141, 989e12, 4.8e12, 450e9), "B200": (180, 2250e12, 8.0e12, 900e9)}
+        "H200": (141, 989e12, 4.8e12, 450e9), "B200": (180, 2250e12, 8.0e12, 900e9),
+        "A2": (16, 18e12, 200e9, 16e9), "L4": (24, 121e12, 300e9, 32e9), "L40S": (48, 362e12, 864e9, 32e9)}  # by PCIe
 NETWORK, NODE = 50e9, 8  # bytes/s of a GPU's card to other nodes (400 Gb/s), GPUs of a node
 OVERHEAD = 2.0  # GiB that CUDA, its libraries and NCCL take, and what fragments
 OBJECTIVES = {APO.name: APO, **ALGORITHMS}
@@ -96,7 +97,8 @@ def read_machine(text):
     """'8xH100' → (8, 'H100'); '' is this machine."""
     if not text:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        text = f"{WORLD}x{next((gpu for gpu in GPUS if gpu in name), 'CPU')}"
+        known = [gpu for gpu in GPUS if gpu in re.findall(r"\w+", name)]  # L4 is not L40S
+        text = f"{WORLD}x{known[0] if known else 'CPU'}"
     found = re.fullmatch(r"(?:(\d+)x)?(\w+)", text)
     if not found or found[2].upper() not in {*GPUS, "CPU"} or found[1] == "0":
         fail(f"{text}: say how many of which, as in 8xH100 (known: {', '.join(GPUS)}, CPU)")
@@ -160,21 +162,23 @@ def networks_of(objective):
 def memory(shape, args, objective, ranks, gpu, dtype, width):
     """GiB on each process in Stage 2: {part: GiB}; `gpu` is a name in GPUS or None."""
     total, block, rest = shape.total, shape.block, shape.rest
-    sharded = dtype != torch.float32 or ranks > 1
     recompute = args.recompute == "yes" or (args.recompute == "auto" and gpu is not None)
     trained, _ = networks_of(objective)
     rows = max(1, args.tokens_per_microbatch // width)
-    most, kept, head = activations(shape, dtype, rows, width, recompute, gpu is not None)
-    b = dtype.itemsize
+    most, kept, head = activations(shape, dtype, rows, width, recompute, gpu is not None, args.lora)
+    b, whole = dtype.itemsize, trained - bool(args.lora)  # networks that are trained whole: a critic is
+    learned = total * whole + (additions(shape, args.lora) if args.lora else 0)
+    sharded = ranks > 1 or (dtype != torch.float32 and whole > 0)
     # FSDP gathers a block, the next one and what lies in no block; gradients wait in `dtype` and fp32 for their sum
-    gathered = (b * (2 * block + rest) + (b + 4) * (block + rest)) if sharded else 0
+    gathered = (b * (2 * block + rest) + (b + 4) * (block + rest) * (whole > 0)) if sharded else 0
     if gpu and args.engine != "transformers":  # vLLM, asleep during the update
         sampling = args.gpu_memory * GPUS[gpu][0] * 2**30
     else:
         sampling = (b * total if sharded else 0) + sampler_bytes(shape, dtype, args.decode_rows, width)
-    parts = {"weights (fp32)": 4 * total * trained / ranks, "gradients (fp32)": 4 * total * trained / ranks,
-             "AdamW (fp32)": 8 * total * trained / ranks,
-             "reference": 0 if args.offload_reference and gpu else b * total / ranks,
+    # with --lora the reference is the frozen network that the additions stand on, at work all the time
+    parts = {"weights (fp32)": 4 * learned / ranks, "gradients (fp32)": 4 * learned / ranks,
+             "AdamW (fp32)": 8 * learned / ranks,
+             "reference": 0 if args.offload_reference and gpu and not args.lora else b * total / ranks,
              "gathered by FSDP": gathered, "kept activations": kept, "head's chunk, or a block at work": most - kept,
              "sampling": sampling}
     return {name: size / 2**30 for name, size in parts.items()}
@@ -199,16 +203,19 @@ def step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, lo
     ring = shape.total * (ranks - 1) / ranks / link  # seconds in which every GPU gets all weights, at one byte each
     # a token's step reads the weights once for all rows, and each row's keys and values; before that they are gathered
     bytes_read = waves * longest * dtype.itemsize * shape.read + rows * completion * cache * (prompt + completion / 2)
-    sampling = bytes_read / bandwidth + (dtype.itemsize if args.engine == "transformers" else 4) * ring
+    whole = args.engine != "transformers" and not args.lora  # vLLM gets fp32 weights
+    sampling = bytes_read / bandwidth + (4 if whole else dtype.itemsize) * ring
     tokens = rows * (prompt + completion)
     forward = forward_flops(shape, rows, prompt, completion) / flops
     trained, before = networks_of(objective)  # a critic is of the policy's size
-    per_pass = 4 if args.recompute != "no" else 3  # forward, again for the backward pass, and that is twice a forward
+    # forward, again for the backward pass, and that is twice a forward: once for the states, once for the weights
+    per_pass = 4 if args.recompute != "no" else 3
+    frozen = objective.passes if args.lora else 0  # backward passes of the policy that want no weights' gradient
     micro = math.ceil(max(1.0, tokens / args.tokens_per_microbatch))
     # FSDP gathers weights for the forward and the backward pass, π_ref's for its own, and sums fp32 gradients
     updates = objective.passes * trained
-    traffic = micro * (updates * (2 * dtype.itemsize + 4) + before * dtype.itemsize) * ring
-    return {"sampling": sampling, "reference": before * forward, "update": updates * per_pass * forward,
+    traffic = micro * (updates * (2 * dtype.itemsize + 4) - 4 * frozen + before * dtype.itemsize) * ring
+    return {"sampling": sampling, "reference": before * forward, "update": (updates * per_pass - frozen) * forward,
             "communication": traffic}
 
 
@@ -227,7 +234,8 @@ def remedy(shape, args, objective, ranks, gpu, dtype, width):
 
     def fits(count=ranks, **changes):
         share = changes.get("gpu_memory", args.gpu_memory)
-        return peak(parts(count, **changes)) + OVERHEAD <= room and (not vllm or share * room >= 1.05 * weights)
+        return peak(parts(count, **changes)) + OVERHEAD <= room and (
+            not vllm or "engine" in changes or share * room >= 1.05 * weights)
 
     if weights + OVERHEAD > room:
         return f"it does not fit: for sampling each GPU holds the whole model, which is {weights:.0f} GiB"
@@ -240,7 +248,8 @@ def remedy(shape, args, objective, ranks, gpu, dtype, width):
     smaller = dict(tokens_per_microbatch=width)
     other = dict(gpu_memory=vllm_share(shape, gpu, dtype)) if vllm else dict(decode_rows=max(1, args.decode_rows // 8))
     cheapest_first = [dict(recompute="yes"), smaller, other, {**smaller, **other}, dict(offload_reference=True),
-                      {**smaller, **other, "offload_reference": True}]
+                      {**smaller, **other, "offload_reference": True},
+                      {"engine": "transformers", **smaller, "decode_rows": max(1, args.decode_rows // 8)}]
     more = [(count, changes) for count in (2**k for k in range(1, 11)) if count > ranks for changes in ({}, other)]
     for count, changes in [(ranks, changes) for changes in cheapest_first] + more:
         if fits(count, **changes):
@@ -345,12 +354,22 @@ class Live(TorchDispatchMode):
 
 
 @cache
-def activations(shape, dtype, rows, width, recompute, gpu):
+def additions(shape, rank):
+    """The parameters that --lora adds."""
+    with FakeTensorMode():
+        policy = Policy(transformers.AutoModelForCausalLM.from_config(shape.config)).adapt(rank, torch.float32, 0)
+        return sum(p.numel() for p in policy.parameters() if p.requires_grad)
+
+
+@cache
+def activations(shape, dtype, rows, width, recompute, gpu, rank):
     """Bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; and of these what
     is kept from the forward pass for the backward pass, and what the head's chunk adds to that."""
     with FakeTensorMode(), Live() as live:
         policy = Policy(transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype), recompute)
-        for parameter in policy.parameters():  # a gradient leaves as soon as it is whole: they are counted elsewhere
+        if rank:
+            policy.adapt(rank, dtype, 0)
+        for parameter in (p for p in policy.parameters() if p.requires_grad):  # a gradient leaves as soon as it is whole: they are counted elsewhere
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for block in policy.blocks:
             block.training = recompute
