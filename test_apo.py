@@ -274,6 +274,15 @@ def small_model(vocabulary=11, kind="Qwen2", seed=0, hidden=32, layers=2):
     return model.eval()
 
 
+def adapted(model, rank=3, dtype=torch.float32, recompute=False):
+    """A Policy of the model with additions that have learned something: B is not 0."""
+    policy = train.Policy(model, recompute).adapt(rank, dtype, seed=0)
+    for name, parameter in policy.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
 class TwoTokens(torch.nn.Module):
     """A 'language model' that always gives EOS (token 0) with chance p, token 1 otherwise."""
 
@@ -1181,6 +1190,78 @@ def test_dropout_is_off_and_recomputation_on():
     assert not any(block.training for block in policy.blocks)
 
 
+@pytest.mark.parametrize("kind,recompute", [("Qwen2", True), ("Llama", False)])
+def test_gradient_of_the_additions_is_autograd_on_merged_weights(kind, recompute):
+    """Qwen2's linear layers have biases, Llama's have none."""
+    objective, samples = train.APO(some_args()), some_samples(12)
+    policy, naive = adapted(small_model(kind=kind), recompute=recompute), small_model(kind=kind)
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in policy.model.named_parameters()
+              if "lora" in name}
+    assert len(leaves) == 2 * 2 * 7  # A and B, two blocks, four layers of the attention and three of the MLP
+    for name in {name.rpartition(".")[0] for name in leaves}:
+        layer = naive.get_submodule(name)
+        weight = layer.weight.detach() + 32 / 3 * leaves[f"{name}.lora_B"] @ leaves[f"{name}.lora_A"]
+        del layer.weight
+        layer.weight = weight
+    known = SimpleNamespace(logp=naive_logps(naive, samples, 1.0),
+                            ref_logp=[logp.detach() for logp in naive_logps(small_model(kind=kind), samples, 1.0)])
+    naive_apo(objective.args, samples, known)[0].backward()
+    a_run = run_of(objective, policy, policy.unadapted, torch.optim.SGD(policy.parameters(), lr=1.0))
+    given = objective.given(a_run, samples)
+    torch.testing.assert_close(given["ref_logp"].sum(-1), torch.stack([logp.sum() for logp in known.ref_logp]))
+    train.update(a_run, samples, given)
+    after = dict(policy.model.named_parameters())
+    for name, leaf in leaves.items():
+        assert leaf.grad.norm() > 1e-3
+        torch.testing.assert_close(leaf - after[name], leaf.grad, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_additions_switched_off_are_the_base_to_the_bit(dtype):
+    _, ids, mask = next(train.microbatches(some_samples(8), some_args(), "cpu"))
+    both = dict(input_ids=ids, mask=mask)
+    base, policy = train.Policy(small_model()), adapted(small_model(), dtype=dtype)
+    fresh = train.Policy(small_model()).adapt(3, dtype, seed=0)
+    for parameter in base.parameters():  # not the module, whose rotary buffers stay fp32
+        parameter.data = parameter.data.to(dtype)
+    with torch.no_grad():
+        expected = base(**both)
+        assert torch.equal(policy.unadapted(**both), expected) and torch.equal(fresh(**both), expected)
+        assert (policy(**both) - expected).abs().max() > 0.1  # and afterwards they are on again
+    learning = {name: p.dtype for name, p in policy.named_parameters() if p.requires_grad}
+    assert set(learning.values()) == {torch.float32} and all("lora" in name for name in learning)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_merged_folder_is_the_adapted_policy(tied, tmp_path):
+    """A plain folder, in π_ref's precision. An engine that has read π_ref gets the adapted layers alone."""
+    policy = adapted(tiny_model() if tied else small_model(19))
+    assert policy.config.tie_word_embeddings == tied
+    train.save_model(SimpleNamespace(policy=policy, args=SimpleNamespace(out=tmp_path), tokenizer=tiny_tokenizer()))
+    saved, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values()) and saved.dtype == torch.float32
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        ours, theirs = (model(input_ids=ids).logits for model in (policy, saved))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    frozen = {"embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"}
+    named = lambda weights: {name.split(".")[-2] for name, _ in weights}
+    assert named(policy.full_weights(frozen=True)) == named(saved.state_dict().items()) > frozen
+    assert named(policy.full_weights()) == named(saved.state_dict().items()) - frozen
+
+
+def test_lora_needs_linear_layers(capsys):
+    """GPT-2's are transformers' Conv1D."""
+    policy = train.Policy(small_model(kind="GPT2"))
+    ends_in_one_line(capsys, lambda: policy.adapt(4, torch.float32, 0), "--lora", "GPT2LMHeadModel", "torch.nn.Linear")
+
+
+@pytest.mark.parametrize("flags,rate", [([], 1e-6), (["--lora=8"], 5e-6), (["--lora=8", "--lr=1e-4"], 1e-4)])
+def test_the_default_rate(flags, rate, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--beta2=0.1", *flags])
+    assert train.parse_args(train.APO).lr == rate
+
+
 def test_memory_does_not_grow_with_vocabulary_times_batch(monkeypatch):
     monkeypatch.setattr(train.Policy, "chunk", lambda *_: 16)
     vocabulary, samples = 150_000, some_samples(64, vocabulary=150_000)
@@ -1555,6 +1636,50 @@ def learns(command, out):
 def test_it_learns(all_rows, tmp_path):
     rows = learns(stage2(all_rows, tmp_path, "--steps=25"), tmp_path)
     assert train.diagnose(rows, some_args()) == {}
+
+
+@whole
+def test_lora_killed_stopped_and_on_two_ranks(all_rows, tmp_path):
+    """The same bits as undisturbed, and two ranks like one. Checkpoints hold the additions and their Adam alone."""
+    command = lambda name, *more: stage2(all_rows, tmp_path / name, "--lora=4", "--lr=3e-3", *more)
+    inside(*command("one"))
+    rows = metrics(tmp_path / "one")
+    assert rows[1]["kl"] == 0 and rows[1]["log_ratio_abs"] == 0 < 0.01 < rows[2]["log_ratio_abs"]
+    assert all(0 < row["mismatch"] < 1e-5 for row in rows[1:])
+    saved = torch.distributed.checkpoint.FileSystemReader(tmp_path / "one/checkpoint/00000006").read_metadata()
+    tensors = [name for name, kept in saved.state_dict_metadata.items() if hasattr(kept, "size")]
+    assert len(tensors) == 4 * 28 and all("lora" in name for name in tensors)  # weight, two moments, and a count
+    for sign in (signal.SIGKILL, signal.SIGTERM):
+        process = start(*command("two"))
+        saved = set((tmp_path / "two").glob("checkpoint/0*[0-9]"))
+        wait_until(lambda saved=saved: set((tmp_path / "two").glob("checkpoint/0*[0-9]")) - saved, process)
+        process.send_signal(sign)
+        process.wait()
+    inside(*command("two"))
+    assert metrics(tmp_path / "two") == rows and weights(tmp_path / "two") == weights(tmp_path / "one")
+    torchrun(2, *command("three"))
+    close(metrics(tmp_path / "three"), rows)
+    refused(inside(*stage2(all_rows, tmp_path / "one", "--lr=3e-3"), check=False), "--lora (was 4, now None)")
+
+
+@whole
+def test_lora_in_bf16(all_rows, tmp_path):
+    """The base is frozen in bf16, the additions learn in fp32. On two ranks FSDP holds both."""
+    command = lambda name: stage2(all_rows, tmp_path / name, "--lora=4", "--dtype=bfloat16", "--steps=2",
+                                  "--recompute=yes")
+    inside(*command("one"))
+    torchrun(2, *command("two"))
+    for rows in (metrics(tmp_path / "one"), metrics(tmp_path / "two")):
+        assert rows[1]["log_ratio_abs"] == 0 < rows[2]["log_ratio_abs"] and rows[1]["mismatch"] < 0.01
+    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one/model").state_dict()
+    for name, reference in tiny_model().state_dict().items():
+        change = (state[name] - reference.bfloat16().float()).abs().max()
+        assert state[name].dtype == torch.float32 and (change > 0) == name.endswith("proj.weight")
+
+
+@whole
+def test_lora_learns(all_rows, tmp_path):
+    learns(stage2(all_rows, tmp_path, "--steps=25", "--lora=16", "--lr=1.5e-3"), tmp_path)
 
 
 @whole
@@ -2491,6 +2616,21 @@ def test_vllm_takes_new_weights(vllm_engine):
             assert ((plain - logps).abs().max() < 1e-4) == agree  # the new weights, and not the old
     vllm_engine.sampler.load(old.items())
     vllm_engine.sampler.llm.reset_prefix_cache()
+
+
+@whole
+def test_vllm_takes_merged_layers_alone(vllm_engine):
+    """What is frozen it has read itself."""
+    policy, prompt = adapted(tiny_model()), vllm_engine.prompts[0]
+    vllm_engine.sampler.load(policy.full_weights())
+    copies, = vllm_engine.sampler.generate([prompt], 4, [0])
+    for copy in copies:
+        ids = torch.tensor([prompt + copy.tokens])
+        mask = torch.arange(ids.shape[1])[None] >= len(prompt)
+        with torch.no_grad():
+            new, old = (model(input_ids=ids, mask=mask)[0, len(prompt) - 1 :] for model in (policy, policy.unadapted))
+        assert (new - torch.tensor(copy.logps)).abs().max() < 1e-4 < 1e-2 < (new - old).abs().max()
+    vllm_engine.sampler.load(tiny_model().state_dict().items())
 
 
 @whole

@@ -694,17 +694,20 @@ def saved(out):
     return sorted(out.glob("checkpoint/" + "[0-9]" * 8))
 
 
-LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with --lora the additions alone
+def state_of(run):
+    """What has learned, each tensor once: with --lora the additions alone."""
+    model, optimizer = get_state_dict(run.trained, run.optimizer)
+    learned = [name for name, parameter in run.trained.named_parameters() if parameter.requires_grad]
+    return dict(model={name: model[name] for name in learned}, optimizer=optimizer)
 
 
 def save_checkpoint(run, step):
     """A folder with every process's shards. The two newest stay."""
-    out = run.args.out
-    model, optimizer = get_state_dict(run.trained, run.optimizer, options=LEARNED)
+    out, state = run.args.out, state_of(run)
     (out / "checkpoint").mkdir(exist_ok=True)
     with written_whole(out / f"checkpoint/{step:08d}", mine=RANK == 0) as aside:
         try:
-            dcp.save(dict(model=model, optimizer=optimizer), checkpoint_id=aside)
+            dcp.save(state, checkpoint_id=aside)
         except dcp.CheckpointException as error:
             raise OSError(str(next(iter(error.failures.values()))[0])) from error
     if RANK == 0:
@@ -714,13 +717,13 @@ def save_checkpoint(run, step):
 
 
 def load_checkpoint(run, step):
-    folder = run.args.out / f"checkpoint/{step:08d}"
-    model, optimizer = get_state_dict(run.trained, run.optimizer, options=LEARNED)
+    folder, state = run.args.out / f"checkpoint/{step:08d}", state_of(run)
     try:
-        dcp.load(dict(model=model, optimizer=optimizer), checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder)
     except (OSError, ValueError, dcp.CheckpointException) as error:
         fail(f"{folder} cannot be read ({str(error).strip().splitlines()[0]}); remove it to go on from the one before")
-    set_state_dict(run.trained, run.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=LEARNED)
+    set_state_dict(run.trained, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                   options=StateDictOptions(strict=False))  # what is frozen is not there
 
 
 def save_model(run):

@@ -369,7 +369,8 @@ def activations(shape, dtype, rows, width, recompute, gpu, rank):
         policy = Policy(transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype), recompute)
         if rank:
             policy.adapt(rank, dtype, 0)
-        for parameter in (p for p in policy.parameters() if p.requires_grad):  # a gradient leaves as soon as it is whole: they are counted elsewhere
+        # a gradient leaves as soon as it is whole: they are counted elsewhere
+        for parameter in (p for p in policy.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for block in policy.blocks:
             block.training = recompute

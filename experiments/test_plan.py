@@ -19,28 +19,35 @@ from vstar import Completion
 all_rows = test_apo.all_rows  # a fixture
 
 
-@pytest.mark.parametrize("kind,recompute,budget", [
-    ("Qwen2", "yes", 2048), ("Qwen2", "no", 2048), ("Llama", "yes", 1024), ("GPT2", "yes", 2048)])
-def test_plan_is_what_an_update_allocates(kind, recompute, budget):
+@pytest.mark.parametrize("kind,recompute,budget,lora", [
+    ("Qwen2", "yes", 2048, None), ("Qwen2", "no", 2048, None), ("Llama", "yes", 1024, None),
+    ("GPT2", "yes", 2048, None), ("Qwen2", "yes", 1024, 4), ("Llama", "no", 1024, 4)])
+def test_plan_is_what_an_update_allocates(kind, recompute, budget, lora):
     """Weights, gradients, optimizer, reference, activations: two real updates of two micro-batches each, and every
-    allocation counted."""
+    allocation counted. With --lora there is one model, and gradients and Adam are those of the additions alone."""
     args = some_args(tokens_per_microbatch=budget, recompute=recompute, engine="transformers", decode_rows=1,
-                     offload_reference=False)
+                     offload_reference=False, lora=lora)
     objective, rng = train.APO(args), random.Random(0)
     make = lambda: small_model(4000, kind, hidden=128, layers=4)
     some_tokens = lambda count: [rng.randrange(4000) for _ in range(count)]
-    samples = [train.Sample(dict(id=str(i), tokens=some_tokens(20), vstar=0.5, rewards=[1.0]),
-                            Completion(some_tokens(108), True, [-1.0] * 108), "", 1.0, i) for i in range(budget // 64)]
+    samples = [train.Sample(dict(id=str(i), tokens=some_tokens(8), vstar=0.5, rewards=[1.0]),
+                            Completion(some_tokens(120), True, [-1.0] * 120), "", 1.0, i) for i in range(budget // 64)]
     config = make().config
     with plan.Live() as live:
-        policy, reference = train.Policy(make(), recompute == "yes"), train.Policy(make()).requires_grad_(False)
+        policy = train.Policy(make(), recompute == "yes")
+        if lora:
+            policy.adapt(lora, torch.float32, 0)
+        reference = policy.unadapted if lora else train.Policy(make()).requires_grad_(False)
         run = run_of(objective, policy, reference, torch.optim.AdamW(policy.parameters(), lr=1e-3))
         for _ in range(2):
             train.update(run, samples, objective.given(run, samples))
-    shape = plan.Shape(config, sum(p.numel() for p in policy.parameters()), 0, 0, 0)
+    learned = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in policy.parameters())
+    shape = plan.Shape(config, total - learned if lora else total, 0, 0, 0)
     parts = plan.memory(shape, args, objective, 1, None, torch.float32, 128)
     assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
-    assert parts["AdamW (fp32)"] * 2**30 == 8 * shape.total and parts["gathered by FSDP"] == 0
+    assert parts["AdamW (fp32)"] * 2**30 == 8 * learned and parts["gathered by FSDP"] == 0
+    assert parts["weights (fp32)"] == parts["gradients (fp32)"] and (learned < total / 5 if lora else learned == total)
     # not only weights
     assert parts["kept activations"] + parts["head's chunk, or a block at work"] > 0.2 * plan.peak(parts)
 
@@ -65,6 +72,14 @@ def test_plan_of_shards_by_hand(tmp_path):
     assert plan.cache_per_token(shape, torch.bfloat16) == 2 * 4 * 64 * 2
     both = plan.memory(shape, args, PPO(args), 4, "H100", torch.bfloat16, 128)  # a critic learns too
     assert both["weights (fp32)"] * 2**30 == 2 * shape.total and both["AdamW (fp32)"] * 2**30 == 4 * shape.total
+    args.lora = 8  # the base in bf16, additions of rank 8 to seven layers of four blocks; no fp32 gradients wait
+    ours, critic = (plan.memory(shape, args, objective(args), 4, "H100", torch.bfloat16, 128)
+                    for objective in (train.APO, PPO))
+    added = 4 * 8 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
+    assert ours["weights (fp32)"] * 2**30 == ours["gradients (fp32)"] * 2**30 == added
+    assert ours["reference"] * 2**30 == shape.total / 2 and ours["AdamW (fp32)"] * 2**30 == 2 * added
+    assert ours["gathered by FSDP"] * 2**30 == 2 * (2 * shape.block + shape.rest)
+    assert critic["weights (fp32)"] * 2**30 == added + shape.total  # a critic is trained whole
 
 
 def test_plan_of_seconds_by_hand():
@@ -84,6 +99,10 @@ def test_plan_of_seconds_by_hand():
     assert found["reference"] == pytest.approx(forward) and found["update"] == pytest.approx(4 * forward)
     # two micro-batches: the policy's weights twice in bf16 and their gradients in fp32, π_ref's weights once
     assert found["communication"] == pytest.approx(2 * (2 + 2 + 4 + 2) * ring)
+    args.lora = 8  # frozen weights get no gradient: neither its third of the backward pass nor its sum
+    less = floor(train.APO(args))
+    assert less["update"] == pytest.approx(3 * forward) and less["communication"] == pytest.approx(2 * 6 * ring)
+    args.lora = None
     # a critic learns too; its values and the old log-probabilities are two passes more
     both = floor(PPO(args))
     assert both["update"] == pytest.approx(8 * forward) and both["reference"] == pytest.approx(3 * forward)
@@ -115,6 +134,8 @@ def test_plan_says_what_would_fit(planned):
     said = planned("8xH100").stdout
     assert "7,615,616,512 parameters" in said and "it fits" in said
     assert "it would with 4 GPUs\n" in planned("1xH100").stdout
+    assert "it fits" in planned("1xH100", "--lora=16").stdout
+    assert "it would with --engine transformers" in planned("1xL4", "--lora=16").stdout
     assert "it would with --gpu_memory 0.2\n" in planned("8xH100", "--gpu_memory=0.1").stdout
     largest = int(said.split("about --tokens_per_microbatch ")[1].split()[0].replace(",", ""))
     for tokens, words in ((0.97 * largest, "it fits"),
