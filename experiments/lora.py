@@ -18,11 +18,8 @@ def main():
         first = lab.stage1(args, f"out/lora/{seed}", f"--seed={seed}", threads=1)
         for name, flags in VARIANTS.items():
             rows = lab.train(args, f"out/lora/{seed}/{name}", first, f"--seed={seed}", *flags, threads=1)
-            last, tokens = rows[-1], sum(row["tokens"] for row in rows)
-            runs[name].append(dict(
-                accuracy=last["accuracy"], kl=last["kl"], curve=[round(a, 4) for a in accuracies(rows)],
-                **{f"{phase}_us_a_token": 1e6 * sum(row["seconds"][phase] for row in rows) / tokens
-                   for phase in lab.PHASES}))
+            runs[name].append(dict(accuracy=rows[-1]["accuracy"], kl=rows[-1]["kl"],
+                                   curve=[round(accuracy, 4) for accuracy in accuracies(rows)]))
     found = {name: lab.over_seeds(some) for name, some in runs.items()}
     lab.save("lora", seeds=args.seeds, steps=args.steps, mean_and_deviation=found, runs=runs)
     for name, numbers in found.items():

@@ -228,15 +228,15 @@ def test_each_runs_and_goes_on(name, all_rows, tmp_path):
 
 @whole
 def test_lora_trains_the_critic_whole(all_rows, tmp_path):
-    """Two steps in one go are one and one; checkpoints hold the policy's additions, and all of the critic."""
+    """Four steps in one go are two and two; checkpoints hold the policy's additions, and all of the critic."""
     command = lambda folder, steps: baseline("ppo", all_rows, tmp_path / folder, "--critic_lr=1e-3", "--lora=4",
                                              "--batch_size=11", f"--steps={steps}")
-    inside(*command("one", 2))
-    for steps in (1, 2):
+    inside(*command("one", 4))
+    for steps in (2, 4):
         inside(*command("two", steps))
     assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
-    saved = torch.distributed.checkpoint.FileSystemReader(tmp_path / "one/checkpoint/00000002").read_metadata()
+    saved = torch.distributed.checkpoint.FileSystemReader(tmp_path / "one/checkpoint/00000004").read_metadata()
     for network, embedded in ((0, False), (1, True)):
         assert any(f"{network}.model.model.embed_tokens" in name for name in saved.state_dict_metadata) == embedded
 
