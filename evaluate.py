@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards import fail, final_answers, is_correct, read
-from train import Policy, Sample, by_token, readable
+from rewards import fail, final_answers, is_correct, read, readable
+from train import Policy, Sample, by_token
 from vstar import (
     RANK,
     Completion,
@@ -177,11 +177,11 @@ def divergence(rows, prompts, args, device):
     samples = [Sample(dict(tokens=prompts[row["id"]]), Completion(tokens, True, []), "", 0.0, 0)
                for row in rows for tokens in row["tokens"]]
 
-    def logp(model):  # one model after the other: its memory goes when this ends
-        policy = Policy(load_model(model, args.revision, args.dtype, device))
+    def logp(model, revision=None):  # one model after the other: its memory goes when this ends
+        policy = Policy(load_model(model, revision, args.dtype, device))
         return by_token(policy, samples, args, device).sum(-1).double().cpu().numpy()
 
-    ratio = logp(args.model) - logp(args.reference)
+    ratio = logp(args.model, args.revision) - logp(args.reference)
     low, high = bootstrap(ratio.reshape(len(rows), -1).mean(1))
     return dict(kl=ratio.mean(), kl_low=low, kl_high=high,
                 kl_per_token=ratio.sum() / sum(len(sample.completion.tokens) for sample in samples))
@@ -198,7 +198,7 @@ def show(rows, count):
     for row, response, finished in wrong[:count]:
         found = final_answers(response) if finished else []
         said = repr(read(found[-1]).text) if found else "no answer" if finished else "cut off"
-        print(f"── {row['id']}: read as {said}, the gold {row['answer']!r} as {read(row['answer']).text!r}\n   … "
+        print(f"── {readable(row['id'])}: read as {said}, the gold {row['answer']!r} as {read(row['answer']).text!r}\n   … "
               f"{readable(response[-300:]).strip()}")
 
 

@@ -218,8 +218,14 @@ def encode(tokenizer, prompt, chat):
 
 def fail(message):
     """End on an error that the user can mend: one line that says what and where, exit code 2."""
-    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)  # not into the middle of a progress bar
+    # not into the middle of a progress bar
+    tqdm.write("error: " + readable(" ".join(str(message).split())), file=sys.stderr)
     raise SystemExit(2)
+
+
+def readable(text):
+    """The text of a model or data set may hold a terminal's codes."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

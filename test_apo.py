@@ -1700,7 +1700,8 @@ def test_minibatches_and_bf16(all_rows, tmp_path):
     """fp32 masters with bf16 compute, FSDP's code on a mesh of one, two optimizer steps per batch."""
     inside(*stage2(all_rows, tmp_path, "--dtype=bfloat16", "--minibatches=2", "--steps=3", "--recompute=yes"))
     rows = metrics(tmp_path)
-    assert rows[1]["log_ratio_abs"] == 0 and rows[2]["log_ratio_abs"] > 0 and 1e-6 < rows[1]["mismatch"] < 0.01
+    assert rows[1]["log_ratio_abs"] < 1e-3  # bf16 rounds, and a part has other micro-batches than the reference pass
+    assert rows[2]["log_ratio_abs"] > 1e-2 and 1e-6 < rows[1]["mismatch"] < 0.01
     state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     reference = tiny_model().state_dict()
     moved = {name: (state[name] - reference[name]).abs().max().item() for name in state}

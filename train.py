@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import DATASETS, fail, load_problems
+from rewards import DATASETS, fail, load_problems, readable
 from vstar import (
     RANK,
     WORLD,
@@ -493,6 +493,8 @@ def make_run(args, objective, tokenizer, eos, prompts, device):
     learners = [(policy, args.lr), *objective.networks(make)]
     optimizer = torch.optim.AdamW([dict(params=network.parameters(), peak=rate) for network, rate in learners],
                                   betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
+    if recompute and not policy.blocks and RANK == 0:
+        print("nothing is recomputed: transformers does not say what this architecture's blocks are")
     barrier("loaded")  # slow disks and engines must not run into the ten minutes of NCCL's first collective
     check_head(policy, device, args)
     trained = torch.nn.ModuleList(network for network, _ in learners)
@@ -821,7 +823,7 @@ class Log:
             row, completion, response, reward, _ = sample
             cut, verdict = "" if completion.finished else " … (cut off)", "right" if reward else "wrong"
             self.bar.write(f"── step {step}: {readable(row['prompt'])}\n{readable(response)}{cut}\n"
-                           f"── {verdict}, the answer is {row['answer']}; V̂* {row['vstar']:.2f}, "
+                           f"── {verdict}, the answer is {readable(row['answer'])}; V̂* {row['vstar']:.2f}, "
                            f"advantage {reward - row['vstar']:+.2f}")
         for name, text in diagnose(self.history, self.args, self.run.objective.most_reward).items():
             if name not in self.told:
@@ -864,10 +866,6 @@ def curves(rows, path):
     clock = np.cumsum([sum(row["seconds"].values()) for row in rows])
     rows = [dict(row, seconds=seconds) for row, seconds in zip(rows, clock)]
     picture(path, rows, ["step", "seconds"], [["reward", "accuracy"], ["kl"], ["loss"], ["length"]])
-
-
-def readable(text):
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)  # a model's text may hold terminal codes
 
 
 def diagnose(rows, args, most_reward=1.0):

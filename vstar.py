@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -432,9 +432,10 @@ class VLLMSampler:
         """It wakes, takes the policy's weights as they are now, and sleeps again: the update needs the GPU's memory."""
         if self.sleeps:
             self.llm.wake_up(["weights"])
+        everything = self.sleeps or not self.proved  # what slept has forgotten also the weights that are frozen
         if not self.proved:
             self.prove(policy)
-        self.load(policy.full_weights())
+        self.load(policy.full_weights(frozen=everything))
         if self.sleeps:
             self.llm.wake_up(["kv_cache"])
         self.llm.reset_prefix_cache()  # or old keys and values answer for the new weights
@@ -451,7 +452,7 @@ class VLLMSampler:
         pushed = {}
 
         def doubled():
-            for name, tensor in policy.full_weights():
+            for name, tensor in policy.full_weights(frozen=True):
                 if tensor.dim() == 1:
                     tensor = pushed[name] = 2 * tensor
                 yield name, tensor
@@ -659,10 +660,10 @@ def load_tokenizer(model, revision):
     tokenizer = from_pretrained(transformers.AutoTokenizer, model, revision)
     if not tokenizer("1 + 1").input_ids:  # where its files are missing, transformers makes an empty one
         fail(f"--model {model}: no tokenizer in it")
-    try:
+    eos = None
+    with suppress(OSError):  # not every model has a generation config
         eos = transformers.GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
-    except OSError:
-        eos = config.eos_token_id
+    eos = config.eos_token_id if eos is None else eos
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     if not eos:
         fail(f"--model {model}: neither its tokenizer nor its generation config names an EOS token")
@@ -777,7 +778,7 @@ def fingerprint(model, problems=()):
     """What stands behind the names, so that no answers are taken for those of a model or file that has changed since.
     Of a local model's weights it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
     weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(model).glob("*.safetensors")):
+    for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]):
         data = np.memmap(path, np.uint8, "r")
         for place in range(0, len(data), max(4096, len(data) // 256)):
             weights.update(data[place : place + 4096])

@@ -129,6 +129,9 @@ def plan_training(args, objective, prompt, completion):
         print(f"  {name:34s}{size:9.2f} GiB")
     print(f"  {'at the most at a time':34s}{peak(parts):9.2f} GiB" + (
         f" and about {OVERHEAD:g} for CUDA and NCCL, of {GPUS[gpu][0]}" if on_gpu else ""))
+    node = min(ranks, NODE)
+    waiting = dtype.itemsize * shape.total * node / ranks if args.offload_reference and on_gpu else 0
+    print(f"host memory per node: {(2 * node * shape.total + waiting) / 2**30:.1f} GiB, as each process reads the model")
     if on_gpu:
         print(remedy(shape, args, objective, ranks, gpu, dtype, width))
         floor = step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, args.max_new_tokens)
@@ -168,7 +171,7 @@ def memory(shape, args, objective, ranks, gpu, dtype, width):
     most, kept, head = activations(shape, dtype, rows, width, recompute, gpu is not None, args.lora)
     b, whole = dtype.itemsize, trained - bool(args.lora)  # networks that are trained whole: a critic is
     learned = total * whole + (additions(shape, args.lora) if args.lora else 0)
-    sharded = ranks > 1 or (dtype != torch.float32 and whole > 0)
+    sharded = ranks > 1 or ((gpu or dtype != torch.float32) and whole > 0)  # as start_process and make_run decide
     # FSDP gathers a block, the next one and what lies in no block; gradients wait in `dtype` and fp32 for their sum
     gathered = (b * (2 * block + rest) + (b + 4) * (block + rest) * (whole > 0)) if sharded else 0
     if gpu and args.engine != "transformers":  # vLLM, asleep during the update
@@ -287,7 +290,8 @@ def plan_stage1(args, count, prompt, completion):
     print("it fits" if weights + work + OVERHEAD <= GPUS[gpu][0] else
           "it fits with vLLM; for transformers lower --decode_rows")
     engines, answers = max(1, ranks // args.tensor_parallel), count * args.samples
-    at_once = max(1, min(at_once, 1024))  # vLLM's bound on GPUs of this size
+    # vLLM's own bounds, by the GPU's memory; an A100 counts as small
+    at_once = max(1, min(at_once, 1024 if GPUS[gpu][0] >= 70 and gpu != "A100" else 256))
     # as one ends the next takes its place, and no answer is shorter than itself
     steps = max(args.max_new_tokens, answers / engines * completion / at_once)
     cached = answers / engines * completion * cache_per_token(shape, dtype) * (prompt + completion / 2)
