@@ -99,7 +99,7 @@ def is_correct(claim, gold):
 # ---------------------------------------------------------------------------------------------------------------------
 # problems and prompts
 
-BOXED = " Let's think step by step and output the final answer within \\boxed{}."  # the paper's two suffixes
+BOXED = " Let's think step by step and output the final answer within \\boxed{}."  # the authors' two suffixes
 GSM8K = ' Let\'s think step by step and output the final answer after "####".'
 
 DATASETS = {  # name: hub id, config, its only split (None: the split that was asked for), question, answer, suffix

@@ -10,7 +10,7 @@ On-policy the gradient is that of −E[r] + β2 KL(π‖π_ref), times 2 β2, fo
 π* ∝ π_ref exp(r/β2), and a good V̂* takes the noise out.
 
     python train.py                                                     the embedded world, on any CPU
-    torchrun --nproc_per_node 8 train.py --vstar out/vstar.jsonl        a real model, the paper's settings
+    torchrun --nproc_per_node 8 train.py --vstar out/vstar.jsonl        a real model (experiments/recipes/)
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py …    on each node
 
 It writes into out/run/: metrics.jsonl (a row a step), curves.png, checkpoint/, and model/, which transformers and vLLM
@@ -543,7 +543,7 @@ def mean_over_ranks(count, **sums):
 
 
 def minibatches(samples, given, args, passes):
-    """(samples, given) of each optimizer step of a batch; with --minibatches 1, the paper's, all of it."""
+    """(samples, given) of each optimizer step of a batch; with --minibatches 1 all of it."""
     for number in [*range(args.minibatches)] * passes:
         # by its place in the batch, in blocks: so each of many processes has its share of each part
         part = lambda sample: sample.place % args.batch_size * args.minibatches // args.batch_size

@@ -8,7 +8,7 @@ estimates the value of the *optimal* KL-regularised policy, offline and once. PP
 value over and over while they train. Here that is done beforehand, so Stage 2 (train.py) needs one answer per prompt.
 
     python vstar.py                                                                   the embedded world, on any CPU
-    python vstar.py --model Qwen/Qwen2.5-1.5B --data math --out out/1.5B/vstar.jsonl  a real model, the paper's settings
+    python vstar.py --model Qwen/Qwen2.5-1.5B --data math --out out/1.5B/vstar.jsonl  a real model
     torchrun --nproc_per_node 8 vstar.py --model …                                    the same file from eight GPUs
 
 It writes out/vstar.jsonl (a row a prompt), out/vstar.config.json (the settings) and out/vstar.png. When it was killed,
@@ -527,7 +527,7 @@ def add_policy_flags(parser, models=None):
     add = parser.group("policy and sampling")
     add("--model", str, "π_ref: a Hugging Face model folder or hub id", required=True, nargs=models)
     add("--revision", str, "branch, tag or commit on the hub")
-    add("--suffix", str, "appended to each question; default: the paper's, which asks for \\boxed{} (GSM8K: for ####)")
+    add("--suffix", str, "appended to each question; default: the authors', which asks for \\boxed{} (GSM8K: for ####)")
     add("--chat", False, "ask in the tokenizer's chat template; default: plain text, for base models")
     add("--temperature", 1.0, "divides the logits, here and in the loss; 0: greedy", zero=True)
     add("--max_new_tokens", 1024, "an answer that is longer is cut off and earns 0")
