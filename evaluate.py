@@ -198,8 +198,8 @@ def show(rows, count):
     for row, response, finished in wrong[:count]:
         found = final_answers(response) if finished else []
         said = repr(read(found[-1]).text) if found else "no answer" if finished else "cut off"
-        print(f"── {readable(row['id'])}: read as {said}, the gold {row['answer']!r} as {read(row['answer']).text!r}\n   … "
-              f"{readable(response[-300:]).strip()}")
+        print(f"── {readable(row['id'])}: read as {said}, the gold {row['answer']!r} as {read(row['answer']).text!r}\n"
+              f"   … {readable(response[-300:]).strip()}")
 
 
 if __name__ == "__main__":
