@@ -35,7 +35,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.functional import linear
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -234,7 +233,7 @@ class Policy(torch.nn.Module):
     def add(self, layer, inputs, output):
         if self.adapted:
             a, b = layer.lora_A.to(output.dtype), layer.lora_B.to(output.dtype)
-            return output.add(linear(linear(inputs[0], a), b), alpha=self.scale)
+            return output.add(inputs[0] @ a.T @ b.T, alpha=self.scale)
 
     def unadapted(self, **inputs):
         """π_ref: the same network with the additions switched off. Not under a gradient: a block that is computed again
@@ -385,7 +384,7 @@ def make_parser(Objective):
     add = add_machine_flags(parser, training=True)
     add("--tokens_per_microbatch", 16384, "padded tokens a forward pass; bounds the memory")
     add("--recompute", ["auto", "yes", "no"], "activations in the backward pass, not to keep them; auto: on a GPU")
-    add("--offload_reference", False, "π_ref waits in CPU memory between uses")
+    add("--offload_reference", False, "π_ref waits in CPU memory between uses (--lora has no second model)")
     add = parser.group("files and output")
     add("--eval_data", str, "held-out problems; default: Stage 1's data set if it has a test split")
     add("--eval_split", "test", "of a data set on the hub")
