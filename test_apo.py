@@ -1328,7 +1328,7 @@ def test_a_restart_remembers_the_first_mismatch():
 
 
 ILL = {
-    "unsolved": lambda i: dict(unsolved=0.9, reward=0.02),
+    "unsolved": lambda i: dict(unsolved=0.2),
     "still": lambda i: dict(log_ratio_abs=1e-4, kl=1e-5, reward=0.4),
     "runaway": lambda i: dict(kl=0.5 * i),
     "collapse": lambda i: dict(reward=0.6 if i < 30 else 0.2),
