@@ -18,6 +18,7 @@ it was killed, the same command goes on where it stopped. torchrun splits the pr
 
 import gc
 import json
+import math
 import re
 from copy import copy
 from pathlib import Path
@@ -108,7 +109,7 @@ def report(args, results, answers):
                   f"{f['pass'][k]:.3f}   {f['majority']:.3f}  {f['finished']:8.1%}  {f['length']:6.1f}"
                   + (f"  {f['kl']:9.3f}  {f['kl_per_token']:8.4f}" if args.reference else ""))
         for model in others:
-            both = ([np.mean(row["rewards"]) for row in answers[name, data]] for name in (first, model))
+            both = ([np.mean(np.array(row["rewards"]) >= 1) for row in answers[name, data]] for name in (first, model))
             mean, low, high = results[model][data]["difference"] = paired(*both)
             verdict = "more than noise" if low > 0 or high < 0 else "within noise"
             print(f"   {model} against {first}: {mean:+.3f} ({low:+.3f} – {high:+.3f}), {verdict}")
@@ -130,7 +131,7 @@ def report(args, results, answers):
 
 def measure(rows):
     """All that is said of one model on one data set."""
-    rewards = np.array([row["rewards"] for row in rows])
+    rewards = np.array([row["rewards"] for row in rows]) >= 1  # what is right
     n = rewards.shape[1]
     low, high = bootstrap(rewards.mean(1))
     return {
@@ -193,9 +194,10 @@ def divergence(rows, prompts, args, device):
 
 def show(rows, count):
     """Wrong answers beside the gold: the quickest way to find a checker's false 'wrong'."""
-    wrong = [(row, response, finished) for row in rows for response, finished, reward in
-             zip(row["responses"], row["finished"], row["rewards"]) if not reward]
-    for row, response, finished in wrong[:count]:
+    wrong = [next(((row, response, finished) for response, finished, reward in
+                   zip(row["responses"], row["finished"], row["rewards"]) if reward < 1), None) for row in rows]
+    wrong = [one for one in wrong if one]  # one of a problem, and the problems spread over the set
+    for row, response, finished in wrong[:: math.ceil(len(wrong) / count) or 1][:count]:
         found = final_answers(response) if finished else []
         said = repr(read(found[-1]).text) if found else "no answer" if finished else "cut off"
         print(f"── {readable(row['id'])}: read as {said}, the gold {row['answer']!r} as {read(row['answer']).text!r}\n"

@@ -9,6 +9,7 @@ What a model wrote is untrusted text. A small parser reads it; nothing is ever e
 """
 
 import cmath
+import importlib.util
 import json
 import math
 import operator
@@ -37,6 +38,25 @@ def reward(response, answer, finished):
     # a gold that is a list may be answered in several boxes, one for each item
     wanted = len(read(answer).items)
     return float(1 < wanted <= len(found) and is_correct(", ".join(found[-wanted:]), answer))
+
+
+def load_reward(named):
+    """'FILE.py:FUNCTION' → that function of (response, row, finished); None → the one above."""
+    if named is None:
+        return lambda response, row, finished: reward(response, row["answer"], finished)
+    path, _, name = named.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        fail(f"--reward {named}: no such file; it should be FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("own_reward", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:  # the user's own code
+        fail(f"--reward {named}: {type(error).__name__}: {error}")
+    if not callable(function):
+        fail(f"--reward {named}: {name} is not a function")
+    return function
 
 
 def final_answers(text):
@@ -99,10 +119,12 @@ def is_correct(claim, gold):
 # ---------------------------------------------------------------------------------------------------------------------
 # problems and prompts
 
-BOXED = " Let's think step by step and output the final answer within \\boxed{}."  # the authors' two suffixes
-GSM8K = ' Let\'s think step by step and output the final answer after "####".'
+# the authors' two templates, and one for multiple choice
+BOXED = "{question} Let's think step by step and output the final answer within \\boxed{}."
+GSM8K = '{question} Let\'s think step by step and output the final answer after "####".'
+LETTER = "{question} Let's think step by step and output the letter of the right choice within \\boxed{}."
 
-DATASETS = {  # name: hub id, config, its only split (None: the split that was asked for), question, answer, suffix
+DATASETS = {  # name: hub id, config, its only split (None: the split that was asked for), question, answer, template
     "gsm8k": ("openai/gsm8k", "main", None, "question", "answer", GSM8K),
     "math": ("DigitalLearningGmbH/MATH-lighteval", None, None, "problem", "solution", BOXED),
     "math500": ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer", BOXED),
@@ -112,17 +134,21 @@ DATASETS = {  # name: hub id, config, its only split (None: the split that was a
     "minerva": ("math-ai/minervamath", None, "test", "question", "answer", BOXED),
     "olympiad": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer", BOXED),
     "hmmt25": ("MathArena/hmmt_feb_2025", None, "train", "problem", "answer", BOXED),
+    "hellaswag": ("Rowan/hellaswag", None, None, "ctx", "label", LETTER),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", None, "question", "answerKey", LETTER),
+    "commonsense_qa": ("tau/commonsense_qa", None, None, "question", "answerKey", LETTER),
 }
 
 
 def load_problems(source, split="train", question_field="question", answer_field="answer"):
-    """A .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}]."""
+    """A .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}].
+    A row's other fields stay, for --prompt and --reward."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".parquet"):
         rows, name = file_rows(path), path.stem
     elif source in DATASETS or source.count("/") == 1:
         default = (source, None, None, question_field, answer_field, BOXED)
-        hub_id, config, only_split, question_field, answer_field, _ = DATASETS.get(source, default)
+        hub_id, config, only_split, question_field, answer_field, template = DATASETS.get(source, default)
         rows, name = hub_rows(hub_id, config, only_split or split), f"{source}/{only_split or split}"
     else:
         fail(f"unknown data set {source!r}: give a .jsonl, .json or .parquet file, a hub id (owner/name), "
@@ -133,12 +159,23 @@ def load_problems(source, split="train", question_field="question", answer_field
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:
             fail(f"{where}: the id {key!r} was used before")
+        if source in DATASETS and template is LETTER:
+            question, answer = lettered(row, question, answer)
         # the answer field of GSM8K and MATH holds a whole solution: the gold is its final answer
         gold = ["", *final_answers(answer)][-1] or answer.strip()
-        problems[key] = {"id": key, "question": question, "answer": gold}
+        problems[key] = {**row, "id": key, "question": question, "answer": gold}
     if not problems:
         fail(f"{source}: no problems in it")
     return list(problems.values())
+
+
+def lettered(row, question, answer):
+    """Multiple choice: the choices with letters behind the question, and the right one's letter."""
+    choices = row.get("choices") or row["endings"]  # HellaSwag's answer is the number of an ending
+    texts, labels = (choices["text"], choices["label"]) if "choices" in row else (choices, "0123")
+    letters = "ABCDEFGHIJ"
+    return (question + "".join(f"\n{letter}. {text}" for letter, text in zip(letters, texts)) + "\n",
+            letters[list(labels).index(answer)])
 
 
 def text_of(row, field, where):
@@ -196,19 +233,27 @@ def hub_rows(hub_id, config, split):
     return ((number, f"{hub_id}, row {number}", row) for number, row in enumerate(rows))
 
 
-def suffix_of(source):
-    """What is appended to a question of this data set; GSM8K asks for ####, all else for a box."""
+def template_of(source):
+    """How this data set is asked; GSM8K for ####, multiple choice for a letter, all else for a box."""
     return DATASETS[source][-1] if source in DATASETS else BOXED
 
 
-def make_prompt(tokenizer, question, suffix, chat):
-    """The text that the policy continues: plain for base models, in the tokenizer's own template for chat models."""
+def make_prompt(tokenizer, problem, template, chat, chat_args=None):
+    """The text that the policy continues: plain for base models, in the tokenizer's own template for chat models.
+    {field} in `template` is a field of the problem; other braces stand for themselves."""
+
+    def field(match):
+        if match[1] not in problem:
+            fail(f"--prompt: problem {problem['id']} has no field {match[1]!r} (it has: {', '.join(problem)})")
+        return str(problem[match[1]])
+
+    text = re.sub(r"\{([A-Za-z_]\w*)\}", field, template)
     if not chat:
-        return question + suffix
+        return text
     if not tokenizer.chat_template:
         fail("--chat: this tokenizer has no chat template")
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": question + suffix}], tokenize=False, add_generation_prompt=True)
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **(chat_args or {}))
 
 
 def encode(tokenizer, prompt, chat):

@@ -44,7 +44,8 @@ from vstar import Completion, TransformersSampler, estimate_vstar, pass_at_k, pr
 HERE = Path(__file__).parent
 REAL = HERE.parent / "shared" / "data"  # real benchmark files, where somebody put them
 LONG = bool(os.environ.get("LONG"))  # more kills, more steps
-TINY = ["--model=tiny/model", "--data=tiny/train.jsonl", "--suffix=", "--max_new_tokens=64", "--engine=transformers"]
+TINY = ["--model=tiny/model", "--data=tiny/train.jsonl", "--prompt={question}", "--max_new_tokens=64",
+        "--engine=transformers"]
 
 # one thread a process: for so small a model as quick as two, and ten times quicker where the cores have other work
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -78,7 +79,7 @@ def stage2(rows, out, *more):
 
 
 def evaluation(out, *more, models=("tiny/model",)):
-    return ["evaluate.py", "--model", *models, "--data=tiny/test.jsonl", "--suffix=", "--max_new_tokens=64",
+    return ["evaluate.py", "--model", *models, "--data=tiny/test.jsonl", "--prompt={question}", "--max_new_tokens=64",
             "--samples=4", "--limit=160", "--engine=transformers", f"--out={out}", *more]  # two chunks of prompts
 
 
@@ -327,7 +328,8 @@ def some_samples(count, seed=0, vocabulary=11):
 
 def some_args(**more):
     return SimpleNamespace(**{**dict(tokens_per_microbatch=100_000, temperature=1.0, beta2=0.1, max_grad_norm=1e9,
-                                     minibatches=1, batch_size=24, passes=1, max_new_tokens=13, lora=None), **more})
+                                     minibatches=1, batch_size=24, passes=1, max_new_tokens=13, lora=None,
+                                     reward=None), **more})
 
 
 def run_of(objective, policy, reference, optimizer=None):
@@ -948,7 +950,7 @@ def test_what_stands_behind_the_names_may_not_change(tmp_path):
     model[-3000:] = bytes(3000)
     path.write_bytes(model)
     refused(inside(*command, check=False), "model's weights (was", "--overwrite")
-    refused(inside(*stage2(out, tmp_path / "run"), check=False), "has changed since Stage 1", "vstar.py")
+    refused(inside(*stage2(out, tmp_path / "run"), check=False), "weights changed since Stage 1", "vstar.py")
     assert out.read_bytes() == before
 
 
@@ -1170,7 +1172,8 @@ def test_a_rollout_keeps_the_tokens_and_grades_the_text():
     rows = [dict(id="a", tokens=[2, 3], answer="12"), dict(id="b", tokens=[4], answer="13")]
     sampler = mock.MagicMock()
     sampler.generate.return_value = [copies, copies]
-    a_run = SimpleNamespace(args=SimpleNamespace(seed=7), sampler=sampler, policy="policy", tokenizer=tokenizer)
+    args = SimpleNamespace(seed=7, reward=None)
+    a_run = SimpleNamespace(args=args, sampler=sampler, policy="policy", tokenizer=tokenizer)
     samples = train.rollout(a_run, [(40, rows[0]), (41, rows[1])], 3)
     sampler.holding.assert_called_once_with("policy")
     sampler.generate.assert_called_once_with([[2, 3], [4]], 3, [prompt_seed("7/40", "a"), prompt_seed("7/41", "b")])
@@ -2305,7 +2308,7 @@ def test_load_problems(tmp_path):
         assert rewards.load_problems(str(tmp_path / f"p.{ending}")) == expected
     (tmp_path / "q.jsonl").write_text('{"problem": "1+1", "solution": ["2", "-2"]}\n')
     assert rewards.load_problems(str(tmp_path / "q.jsonl"), question_field="problem", answer_field="solution") == [
-        {"id": "q/1", "question": "1+1", "answer": "2, -2"}]
+        {"id": "q/1", "question": "1+1", "answer": "2, -2", "problem": "1+1", "solution": ["2", "-2"]}]
 
 
 def test_hub_problems(monkeypatch):
@@ -2319,7 +2322,7 @@ def test_hub_problems(monkeypatch):
                                             "solution": "\\boxed{2}", "final_answer": ["2"]}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for name in [*rewards.DATASETS, "some/where"]:
+    for name in [name for name in rewards.DATASETS if rewards.template_of(name) is not rewards.LETTER] + ["some/where"]:
         (problem,) = rewards.load_problems(name, "test")
         assert problem["question"] == "1+1" and problem["answer"] == "2" and problem["id"].startswith(name)
     assert asked[0] == ("openai/gsm8k", "main", "test") and asked[1][2] == "test"
@@ -2360,7 +2363,8 @@ def test_bad_data_names(tmp_path, capsys, monkeypatch):
 
 def test_prompts():
     tokenizer = transformers.AutoTokenizer.from_pretrained(HERE / "tiny/model")
-    ask = lambda name: rewards.make_prompt(tokenizer, "What?", rewards.suffix_of(name), False)
+    what = dict(id="1", question="What?", level=3)
+    ask = lambda name: rewards.make_prompt(tokenizer, what, rewards.template_of(name), False)
     assert ask("gsm8k") == 'What? Let\'s think step by step and output the final answer after "####".'
     assert ask("math500") == ask("my/own.jsonl") == (
         "What? Let's think step by step and output the final answer within \\boxed{}.")
@@ -2369,8 +2373,104 @@ def test_prompts():
     assert len(rewards.encode(tokenizer, "\\boxed{1277}", False)) == 6
     tokenizer.chat_template = ("{% for m in messages %}<eos>{{ m.content }}{% endfor %}"
                                "{{ '=' if add_generation_prompt }}")
-    chat = rewards.make_prompt(tokenizer, "1", "+2", True)
+    chat = rewards.make_prompt(tokenizer, dict(question="1"), "{question}+2", True)
     assert chat == "<eos>1+2="
+    tokenizer.chat_template = "{{ 'think' if enable_thinking else 'answer' }}"
+    assert rewards.make_prompt(tokenizer, what, "", True, dict(enable_thinking=False)) == "answer"
+
+
+def test_a_template_takes_any_field_of_a_problem(capsys):
+    row = dict(id="file/3", question="{level}", level=3, answer="7")
+    ask = lambda template: rewards.make_prompt(None, row, template, False)
+    rest = r" {} \boxed{} {0} \frac{1}{2} {a.b}"
+    assert ask("{level}: {question}" + rest) == "3: {level}" + rest
+    ends_in_one_line(capsys, lambda: ask("{nums}"), "file/3", "'nums'")
+
+
+def test_multiple_choice(monkeypatch):
+    import datasets
+
+    rows = dict(hellaswag=dict(ctx="He runs", endings=["and", "or", "but", "so"], label="2"),
+                arc_challenge=dict(question="He runs", choices=dict(text=["and", "or", "but"], label=["1", "2", "3"]),
+                                   answerKey="3"),
+                commonsense_qa=dict(question="He runs", choices=dict(label=["A", "B", "C"], text=["and", "or", "but"]),
+                                    answerKey="C"))
+    for name, row in rows.items():
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, row=row, **__: datasets.Dataset.from_list([row]))
+        (problem,) = rewards.load_problems(name)
+        assert problem["question"].startswith("He runs\nA. and\nB. or\nC. but\n") and problem["answer"] == "C"
+        assert rewards.reward(r"so \boxed{C}", problem["answer"], True) == 1
+        assert rewards.reward(r"so \boxed{B}", problem["answer"], True) == 0
+
+
+def own_reward(tmp_path, body):
+    (tmp_path / "mine.py").write_text(f"def judge(response, row, finished):\n    {body}\n")
+    return f"{tmp_path}/mine.py:judge"
+
+
+def judged(named, rows, responses=("a", "b")):
+    tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: tokens)
+    return vstar.grade(SimpleNamespace(reward=named), tokenizer,
+                       [(row, Completion(text, True, [])) for row, text in zip(rows, responses)])
+
+
+def test_ones_own_reward(tmp_path, capsys):
+    rows = [dict(id="1", answer="", worth=2.5), dict(id="2", answer="", worth=True)]
+    slow = own_reward(tmp_path, "import time; time.sleep(row['id'] == '1'); return row['worth'] + finished")
+    assert judged(slow, rows) == [("a", 3.5), ("b", 2.0)]  # in order
+    for body, words in {"return None": ["TypeError"], "return float('nan')": ["nan"],
+                        "return row['nums']": ["line 2", "KeyError"],
+                        "return 1 if row['id'] == '1' else 1 / 0": ["line 2", "problem 2", "ZeroDivisionError"]}.items():
+        named = own_reward(tmp_path, body)
+        ends_in_one_line(capsys, lambda named=named: judged(named, rows), "mine.py:judge", *words, "response")
+    for named, words in {"none.py:judge": "no such file", f"{tmp_path}/mine.py:other": "no attribute 'other'",
+                         "judge": "no such file", f"{tmp_path}/mine.py:__name__": "not a function"}.items():
+        ends_in_one_line(capsys, lambda named=named: rewards.load_reward(named), words)
+    (tmp_path / "mine.py").write_text("def judge(:\n")
+    ends_in_one_line(capsys, lambda: rewards.load_reward(f"{tmp_path}/mine.py:judge"), "SyntaxError")
+
+
+def test_a_stop_is_one_token_and_ends_an_answer(capsys):
+    args = SimpleNamespace(model="tiny/model", revision=None, stop=["="], max_new_tokens=8)
+    tokenizer, eos = vstar.ask([], args)
+    assert eos == sorted([tokenizer.eos_token_id, tokenizer.vocab["="]])
+    args.stop = ["12"]
+    ends_in_one_line(capsys, lambda: vstar.ask([], args), "--stop '12'", "['1', '2']")
+
+
+def test_any_float_is_a_reward():
+    rows = [dict(id="a", rewards=[2.0, 0.5], vstar=0.0, finished=[1, 1], lengths=[3, 3]),
+            dict(id="b", rewards=[-1.0, 0.0], vstar=0.0, finished=[1, 1], lengths=[3, 3])]
+    said = vstar.summary(rows, 1.0)
+    assert "accuracy          0.250" in said and "reward            0.375" in said and "0/2 right         50.0%" in said
+    assert pass_at_k([[2.0, 0.5]], 1).tolist() == [0.5]
+    # the scatter of the mean of two draws from {2, 0.5}: variance 0.5625 / 2, with (N-1)/N put back
+    some = np.tile([[2.0, 0.5]], (50, 1))
+    assert vstar.vstar_error(some, math.inf, 2) == pytest.approx(0.75, rel=0.1)
+
+
+@whole
+def test_ones_own_task_end_to_end(tmp_path):
+    """A reward, a template and a stop of one's own go from Stage 1 to Stage 2; another reward is refused."""
+    named = own_reward(tmp_path, "return row['weight'] * finished + len(response) / 100")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(id=str(i), question="?", a=i, b=7, answer="-", weight=2))
+                                              + "\n" for i in range(1, 17)))
+    out = tmp_path / "v.jsonl"
+    run("vstar.py", "--model=tiny/model", f"--data={tmp_path}/p.jsonl", "--prompt={a}+{b}=", "--stop", ";",
+        f"--reward={named}", "--samples=2", "--max_new_tokens=20", "--engine=transformers", f"--out={out}")
+    rows = read_jsonl(out)
+    assert rows[0]["prompt"] == f"{rows[0]['a']}+7=" and rows[0]["weight"] == 2
+    for row in rows:
+        assert row["rewards"] == [2 * ended + len(text) / 100 for text, ended in zip(row["responses"], row["finished"])]
+    command = ["train.py", f"--vstar={out}", f"--out={tmp_path}/run", "--steps=2", "--batch_size=8",
+               "--engine=transformers"]
+    run(*command)
+    shown = read_jsonl(tmp_path / "run/samples/000001.jsonl")
+    assert len(shown) == 8 and all(abs(row["log_ratio"]) < 1e-4 for row in shown)  # π is π_ref still
+    assert all(row["reward"] >= 2 for row in shown if row["response"].endswith(";"))
+    own_reward(tmp_path, "return 1.0")
+    done = run(*command, check=False)
+    assert done.returncode == 2 and "reward's file changed" in done.stderr, done.stderr
 
 
 def test_bos_is_written_once():

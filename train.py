@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import DATASETS, fail, load_problems, readable
+from rewards import DATASETS, fail, load_problems, load_reward, readable
 from vstar import (
     RANK,
     WORLD,
@@ -155,7 +155,7 @@ def train(run, rows, held_out, start):
         metrics = {"step": done, **numbers[0], **batch_metrics(samples), "grad_norm": numbers[-1]["grad_norm"]}
         if held_out and (last or done % args.eval_every == 0):
             metrics["accuracy"] = accuracy(run, held_out, log)
-        log(metrics, samples)
+        log(metrics, samples, given)
         if last or stop or done % args.save_every == 0:
             with log.phase("saving"):
                 save_checkpoint(run, done)
@@ -331,21 +331,23 @@ def rollout(run, prompts, n=1):
     with run.sampler.holding(run.policy):
         completions = run.sampler.generate([row["tokens"] for _, row in prompts], n, seeds)
     # the completion's tokens go into the loss as they are; text encoded again could give others
-    return [Sample(row, completion, *grade(run.tokenizer, row, completion), place)
-            for (place, row), copies in zip(prompts, completions) for completion in copies]
+    pairs = [(place, row, completion) for (place, row), copies in zip(prompts, completions) for completion in copies]
+    graded = grade(run.args, run.tokenizer, [pair for _, *pair in pairs])
+    return [Sample(row, completion, *said, place) for (place, row, completion), said in zip(pairs, graded)]
 
 
 def accuracy(run, held_out, log):
     """The share of held-out problems answered rightly: each time the same problems and random numbers."""
     with log.phase("evaluation"):
         samples = rollout(run, [("held out", row) for row in held_out[RANK::WORLD]])
-        return sum_over_ranks(sum(sample.reward for sample in samples)) / len(held_out)
+        return sum_over_ranks(sum(sample.reward >= 1 for sample in samples)) / len(held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings and start
 
-FROM_STAGE1 = ("model", "revision", "suffix", "chat", "temperature", "max_new_tokens")  # V̂* holds for these alone
+# V̂* holds for these alone
+FROM_STAGE1 = ("model", "revision", "prompt", "chat", "chat_args", "stop", "reward", "temperature", "max_new_tokens")
 
 
 class Run(NamedTuple):
@@ -421,7 +423,7 @@ def main(Objective=APO):
         tokenizer, eos = ask(rows + held_out, args)
         args.engine, why = pick_engine(args.engine)
         if RANK == 0:
-            made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "model")]
+            made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "samples", "model")]
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
                     "tokens_per_microbatch", "recompute", "offload_reference"]
             guard_settings(args.out / "config.json", args, made, free, algorithm=objective.name, stage1=stage1,
@@ -455,8 +457,10 @@ def read_stage1(args):
         args.beta1, args.samples = args.beta1 or stage1["beta1"], args.samples or kept
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{config}: not there, or not the settings that this vstar.py writes; run it again")
-    if fingerprint(args.model)["model's weights"] != stage1.get("model's weights"):
-        fail(f"{args.model} has changed since Stage 1: {args.vstar} holds the V̂* of other weights; run vstar.py again")
+    load_reward(args.reward)
+    for name, now in fingerprint(args.model, reward=args.reward).items():
+        if name != "data's problems" and now != stage1.get(name):
+            fail(f"{name} changed since Stage 1, and {args.vstar} holds other V̂*; run vstar.py again")
     if args.temperature == 0:
         fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
     if args.samples > kept:
@@ -465,7 +469,8 @@ def read_stage1(args):
         row["rewards"] = row["rewards"][: args.samples]
         row["vstar"] = float(estimate_vstar(row["rewards"], args.beta1))
     if args.filter != "none":
-        rows = [row for row in rows if any(row["rewards"]) and not (args.filter == "both" and all(row["rewards"]))]
+        least = lambda row: min(row["rewards"]) >= 1 and args.filter == "both"
+        rows = [row for row in rows if max(row["rewards"]) >= 1 and not least(row)]
         if not rows:
             fail(f"--filter {args.filter} leaves no prompt")
     args.steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
@@ -627,7 +632,7 @@ def batch_metrics(samples):
                            advantage=sum(sample.reward - sample.row["vstar"] for sample in samples),
                            length=sum(len(sample.completion.tokens) for sample in samples),
                            finished=sum(sample.completion.finished for sample in samples),
-                           unsolved=sum(not any(sample.row["rewards"]) for sample in samples))
+                           unsolved=sum(max(sample.row["rewards"]) < 1 for sample in samples))
 
 
 def check_numbers(numbers, step, noise, args):
@@ -793,7 +798,7 @@ class Log:
     def asked_to_stop(self):
         return sum_over_ranks(len(self.signals)) > 0
 
-    def __call__(self, row, samples=()):
+    def __call__(self, row, samples=(), given=None):
         """A row of metrics.jsonl, and what a person sees of it."""
         if RANK > 0:
             return
@@ -811,19 +816,25 @@ class Log:
 
             wandb.log(row, step=row["step"])
         if samples:
-            self.show(row, samples[0])
+            self.show(row, samples, given)
 
-    def show(self, metrics, sample):
-        """The bar's figures, now and then an answer, and each illness once."""
+    def show(self, metrics, samples, given):
+        """The bar's figures, now and then an answer (and all of this process in samples/), and each illness once."""
         step, measured = metrics["step"], accuracies(self.history) or [math.nan]
         self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, held-out {measured[-1]:.3f}, "
                                  f"KL {metrics['kl']:.2f}, {metrics['tokens_per_second']:,} tokens/s", refresh=False)
         if self.args.show_every and (step == 1 or step % self.args.show_every == 0):
-            row, completion, response, reward, _ = sample
-            cut, verdict = "" if completion.finished else " … (cut off)", "right" if reward else "wrong"
+            row, completion, response, reward, _ = samples[0]
+            cut, verdict = "" if completion.finished else " … (cut off)", "right" if reward >= 1 else "wrong"
             self.bar.write(f"── step {step}: {readable(row['prompt'])}\n{readable(response)}{cut}\n"
                            f"── {verdict}, the answer is {readable(row['answer'])}; V̂* {row['vstar']:.2f}, "
                            f"advantage {reward - row['vstar']:+.2f}")
+            ref_logp = given["ref_logp"].sum(-1).tolist()
+            (self.args.out / "samples").mkdir(exist_ok=True)
+            write_rows(self.args.out / f"samples/{step:06d}.jsonl", [
+                dict(id=s.row["id"], prompt=s.row["prompt"], response=s.response, reward=s.reward,
+                     vstar=s.row["vstar"], log_ratio=sum(s.completion.logps) - ref)
+                for s, ref in zip(samples, ref_logp)])
         for name, text in diagnose(self.history, self.args, self.run.objective.most_reward).items():
             if name not in self.told:
                 self.told.add(name)
@@ -886,14 +897,14 @@ def diagnose(rows, args, most_reward=1.0):
     elif now("finished") < min(0.8, before("finished") - 0.15) and now("length") > before("length"):
         found["cut off"] = (f"answers grow until they are cut off: {before('finished'):.0%} ended with EOS, now "
                             f"{now('finished'):.0%}. Raise --beta2, or Stage 1's --max_new_tokens.")
-    if before("reward") > 0.95:
+    if before("reward") > 0.95 and not args.reward:  # one's own rewards may have another scale
         found["saturated"] = (f"π_ref already earns {before('reward'):.2f}: nothing is left to learn. Take harder "
                               "problems.")
     elif len(rows) >= 30 and now("log_ratio_abs") < 0.01:
         found["still"] = (f"the policy does not move: after {rows[-1]['step']} steps |ln π/π_ref| is "
                           f"{now('log_ratio_abs'):.1g}. Raise --lr, or lower --beta2 if it is large.")
     # π* ∝ π_ref exp(r/β2) trades at most so much of reward for KL; beyond it the policy is worse than π_ref
-    if now("kl") * args.beta2 > most_reward:
+    if now("kl") * args.beta2 > most_reward and not args.reward:
         found["runaway"] = (f"the KL to π_ref runs away: {now('kl'):.1f}, and no reward is worth more than "
                             f"1/β2 = {most_reward / args.beta2:g}. Lower --lr, or use more --warmup.")
     if best > 0.1 and now("reward") < 0.6 * best:

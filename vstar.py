@@ -24,7 +24,9 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +43,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from rewards import encode, fail, load_problems, make_prompt, reward, suffix_of
+from rewards import encode, fail, final_answers, load_problems, load_reward, make_prompt, readable, template_of
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 CHUNK = 128  # prompts that are sampled and saved at a time
@@ -97,8 +99,8 @@ def main():
 def prepare(args):
     """The problems that `args` names, with their prompts in tokens; the tokenizer; the ids that end an answer."""
     problems = load_problems(args.data, args.split, args.question_field, args.answer_field)[: args.limit]
-    if args.suffix is None:
-        args.suffix = suffix_of(args.data)
+    if args.prompt is None:
+        args.prompt = template_of(args.data)
     return problems, *ask(problems, args)
 
 
@@ -138,9 +140,11 @@ def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
              for chunk, _ in work]
     for index, completions in sampler.stream(asked, args.samples):
         (chunk, path), rows = work[index], []
+        judged = iter(grade(args, tokenizer, [(problem, copy) for problem, copies in zip(chunk, completions)
+                                              for copy in copies]))
         for problem, copies in zip(chunk, completions):
-            responses, rewards = zip(*(grade(tokenizer, problem, copy) for copy in copies))
-            row = {key: problem[key] for key in ("id", "prompt", "answer")}
+            responses, rewards = zip(*(next(judged) for _ in copies))
+            row = {key: value for key, value in problem.items() if key != "tokens"}
             row |= dict(rewards=rewards, vstar=estimate_vstar(rewards, beta1),
                         lengths=[len(copy.tokens) for copy in copies], finished=[copy.finished for copy in copies],
                         responses=responses)
@@ -148,7 +152,7 @@ def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
                 row["tokens"] = [copy.tokens for copy in copies]
             rows.append(row)
             tokens += sum(row["lengths"])
-            graded += rewards
+            graded += [reward >= 1 for reward in rewards]
         write_rows(path, rows)
         rate = tokens / (time.time() - start)
         bar.set_postfix_str(f"accuracy {np.mean(graded):.3f}, {rate:,.0f} tokens/s", refresh=False)
@@ -161,16 +165,21 @@ def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
 
 
 def vstar_error(rewards, beta1, n):
-    """The standard error of V̂* from n answers, as a root mean square over prompts; rewards (prompts, N), 0 or 1.
+    """The standard error of V̂* from n answers, as a root mean square over prompts; rewards (prompts, N).
 
-    It is an exact bootstrap, without dice. Of n answers drawn from the N seen, Binomial(n, share of right ones) are
-    right, so the scatter is a sum over 0 … n. The N seen scatter less than the truth by (N-1)/N, which is put back. It
-    is good to a tenth for β1 ≥ 0.5 and N ≥ 8. For a smaller β1 it is too low: what was never seen cannot be drawn.
+    Where rewards are 0 or 1 it is an exact bootstrap, without dice. Of n answers drawn from the N seen, Binomial(n,
+    share of right ones) are right, so the scatter is a sum over 0 … n. The N seen scatter less than the truth by
+    (N-1)/N, which is put back. It is good to a tenth for β1 ≥ 0.5 and N ≥ 8. For a smaller β1 it is too low: what was
+    never seen cannot be drawn.
     """
     rewards = np.asarray(rewards)
     seen, share, right = rewards.shape[1], rewards.mean(1, keepdims=True), np.arange(n + 1)
     if seen < 2:
         return math.nan  # one answer says nothing of its own scatter
+    if not np.isin(rewards, (0, 1)).all():
+        dice = np.random.default_rng(0)
+        drawn = [estimate_vstar(rewards[:, dice.integers(seen, size=n)], beta1) for _ in range(200)]
+        return math.sqrt(np.var(drawn, axis=0).mean() * seen / (seen - 1))
     vstar = estimate_vstar(np.arange(n) < right[:, None], beta1)  # (n + 1,) if 0, 1, … n of the n are right
     ways = np.array([math.comb(n, k) for k in right], dtype=np.float64)
     chance = ways * share**right * (1 - share) ** (n - right)  # (prompts, n + 1)
@@ -183,7 +192,7 @@ def pass_at_k(rewards, k):
 
     1 - C(wrong, k) / C(N, k), as a product: the chance that k answers drawn without replacement are all wrong.
     """
-    right = np.asarray(rewards) > 0
+    right = np.asarray(rewards) >= 1
     n, wrong = right.shape[-1], (~right).sum(-1)
     return 1 - np.prod([np.clip(wrong - i, 0, None) / (n - i) for i in range(k)], axis=0)
 
@@ -195,9 +204,10 @@ def mean_and_interval(values):
 
 
 def summary(rows, beta1, rate=None):
+    """Right is what earns at least 1."""
     rewards = np.array([row["rewards"] for row in rows])  # (prompts, N)
-    n, right = rewards.shape[1], rewards.sum(1)
-    accuracy, half = mean_and_interval(rewards.mean(1))
+    n, right = rewards.shape[1], (rewards >= 1).sum(1)
+    accuracy, half = mean_and_interval((rewards >= 1).mean(1))
     finished, length = (np.mean([row[key] for row in rows]) for key in ("finished", "lengths"))
     none, every = np.mean(right == 0), np.mean(right == n)
     error = {k: vstar_error(rewards, beta1, k) for k in (max(1, n // 2), n, 2 * n)}
@@ -211,21 +221,29 @@ def summary(rows, beta1, rate=None):
         f"mean V̂*           {np.mean([row['vstar'] for row in rows]):.3f}",
         "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*)",
     ]
+    if not np.isin(rewards, (0, 1)).all():
+        lines.insert(2, f"reward            {rewards.mean():.3f} on average; right is what earns at least 1")
+    if none == 1 and finished > 0.5:
+        for row in rows[:: math.ceil(len(rows) / 3)]:
+            found = final_answers(row["responses"][0])
+            said = readable(row["responses"][0][-300:])
+            claim = repr(found[-1]) if found else "no answer (no box and no ####)"
+            lines.append(f"── {readable(row['id'])}: {said}\n── wrong: read as {claim}, the gold is {row['answer']!r}")
     if none > 0.9:
         lines.append(f"warning: {none:.0%} of the prompts have no right answer, so there is little to learn from. Look "
-                     "at some responses. Does the answer stand where the grader looks (--suffix, --chat)? If so, the "
+                     "at some responses. Does the answer stand where the grader looks (--prompt, --chat)? If so, the "
                      "model is too weak for these problems: take easier ones, a stronger model or more --samples.")
     if finished < 0.9:
         lines.append(f"warning: {1 - finished:.0%} of the answers were cut off and earn 0. Raise --max_new_tokens. If "
-                     "they ramble on, the model does not know when to stop: try --chat or another --suffix.")
-    if not error[n] < 0.25:
+                     "they ramble on, the model does not know when to stop: try --chat, another --prompt, or --stop.")
+    if not error[n] < 0.25 * (np.ptp(rewards) or 1):
         lines.append(f"warning: N = {n} is too small for β1 = {beta1:g}: V̂* is off by {error[n]:.2f}, and rewards are "
-                     "0 or 1. Raise --samples or --beta1.")
+                     f"{rewards.min():g} to {rewards.max():g}. Raise --samples or --beta1.")
     return "\n".join(lines)
 
 
 def histogram(rows, path):
-    right = [int(sum(row["rewards"])) for row in rows]
+    right = [sum(reward >= 1 for reward in row["rewards"]) for row in rows]
     counts = enumerate(np.bincount(right, minlength=len(rows[0]["rewards"]) + 1))
     picture(path, [{"right answers": k, "prompts": count} for k, count in counts], ["right answers"], [["prompts"]])
 
@@ -249,10 +267,28 @@ def make_sampler(args, eos, prompts, device, training=False):
     return TransformersSampler(model, eos, args.max_new_tokens, args.temperature, args.decode_rows)
 
 
-def grade(tokenizer, row, completion):
-    """→ the completion as text, and its reward"""
-    response = tokenizer.decode(completion.tokens, skip_special_tokens=True)
-    return response, reward(response, row["answer"], completion.finished)
+def grade(args, tokenizer, pairs):
+    """[(row, completion)] → [(the completion as text, its reward)]"""
+    judge = load_reward(args.reward)
+    texts = [tokenizer.decode(completion.tokens, skip_special_tokens=True) for _, completion in pairs]
+    if args.reward is None:
+        return [(text, judge(text, *pair)) for text, pair in zip(texts, ((row, c.finished) for row, c in pairs))]
+    # threads, so that a reward which waits for a process or a server does not hold up the others
+    pool, graded = ThreadPoolExecutor(32), []
+    calls = [pool.submit(judge, text, row, completion.finished) for text, (row, completion) in zip(texts, pairs)]
+    for call, text, (row, _) in zip(calls, texts, pairs):
+        try:
+            graded.append((text, float(call.result())))
+            if not math.isfinite(graded[-1][1]):
+                raise ValueError(f"a reward of {graded[-1][1]}")
+        except Exception as error:  # the user's own code; 0 in its place would train a policy on it
+            pool.shutdown(wait=False, cancel_futures=True)
+            own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                   if frame.filename == args.reward.rpartition(":")[0]]
+            fail(f"--reward {args.reward}{f', line {own[-1]}' if own else ''}: {type(error).__name__}: {error}; "
+                 f"problem {row['id']}, response {text[:80]!r}")
+    pool.shutdown()
+    return graded
 
 
 def pick_engine(wanted):
@@ -501,7 +537,7 @@ class Flags(argparse.ArgumentParser):
             if default is False:
                 more["action"] = "store_true"
             elif isinstance(default, type):
-                more["type"] = default
+                more.setdefault("type", default)
             else:
                 more |= dict(type=type(default), default=default)
                 help += f" (default: {default})"
@@ -516,6 +552,7 @@ class Flags(argparse.ArgumentParser):
 def read_flags(parser, recipe):
     """With no flags a script reads its own recipe in tiny/. With any, the defaults hold."""
     args = parser.parse_args(sys.argv[1:] or [f"@{Path(__file__).parent / 'tiny' / recipe}.args"])
+    load_reward(getattr(args, "reward", None))  # what is wrong with it is said before a model is loaded
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (value > 0 or (value == 0 and f"--{name}" in parser.may_be_zero)):
             fail(f"--{name} {value} is too small")
@@ -527,8 +564,14 @@ def add_policy_flags(parser, models=None):
     add = parser.group("policy and sampling")
     add("--model", str, "π_ref: a Hugging Face model folder or hub id", required=True, nargs=models)
     add("--revision", str, "branch, tag or commit on the hub")
-    add("--suffix", str, "appended to each question; default: the authors', which asks for \\boxed{} (GSM8K: for ####)")
+    add("--prompt", str, "what is asked, with fields of the problem in braces: '{question} Answer in \\boxed{}.'; "
+        "default: the authors', which asks for \\boxed{} (GSM8K: for ####)", metavar="TEMPLATE")
     add("--chat", False, "ask in the tokenizer's chat template; default: plain text, for base models")
+    add("--chat_args", str, "more for that template, as in '{\"enable_thinking\": false}'", metavar="JSON",
+        type=lambda text: dict(json.loads(text)))
+    add("--stop", str, "more tokens that end an answer, for base models", nargs="+", metavar="TOKEN")
+    add("--reward", str, "your own: def reward(response: str, row: dict, finished: bool) -> float; row is the problem "
+        "with all its fields", metavar="FILE.py:FUNCTION")
     add("--temperature", 1.0, "divides the logits, here and in the loss; 0: greedy", zero=True)
     add("--max_new_tokens", 1024, "an answer that is longer is cut off and earns 0")
     return add
@@ -685,9 +728,14 @@ def ask(problems, args):
     """Adds each problem's prompt and its tokens, encoded once and for all scripts in the same way. → the tokenizer, and
     the ids that end an answer"""
     tokenizer, eos, window = load_tokenizer(args.model, args.revision)
+    for stop in args.stop or []:
+        ids = tokenizer(stop, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            fail(f"--stop {stop!r}: it should be one token, and is {tokenizer.convert_ids_to_tokens(ids)}")
+        eos = sorted({*eos, *ids})
     for problem in problems:
         if "question" in problem:  # Stage 1's rows have their prompt
-            problem["prompt"] = make_prompt(tokenizer, problem["question"], args.suffix, args.chat)
+            problem["prompt"] = make_prompt(tokenizer, problem, args.prompt, args.chat, args.chat_args)
         problem["tokens"] = encode(tokenizer, problem["prompt"], args.chat)
         if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
             fail(f"problem {problem['id']}: a prompt of {len(problem['tokens'])} tokens and --max_new_tokens "
@@ -726,7 +774,7 @@ def write_whole(path, text):
 
 
 def write_rows(path, rows):
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
 
 
 def remove(path):
@@ -743,7 +791,7 @@ def parts_of(out):
 def guard_rows(args, problems, free=(), **more):
     """guard_settings for what sample_all writes."""
     guard_settings(args.out.with_suffix(".config.json"), args, [args.out, parts_of(args.out)], free,
-                   **fingerprint(args.model, problems), **more)
+                   **fingerprint(args.model, problems, args.reward), **more)
 
 
 def guard_settings(config, args, made, free=(), **more):
@@ -774,7 +822,7 @@ def guard_settings(config, args, made, free=(), **more):
     write_whole(config, json.dumps(dict(settings=settings, versions=versions), indent=1) + "\n")
 
 
-def fingerprint(model, problems=()):
+def fingerprint(model, problems=(), reward=None):
     """What stands behind the names, so that no answers are taken for those of a model or file that has changed since.
     Of a local model's weights it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
     weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
@@ -784,7 +832,8 @@ def fingerprint(model, problems=()):
             weights.update(data[place : place + 4096])
     for problem in problems:
         asked.update(json.dumps([problem[key] for key in ("id", "prompt", "answer")]).encode())
-    return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest()}
+    own = hashlib.blake2b(Path(reward.rpartition(":")[0]).read_bytes(), digest_size=8).hexdigest() if reward else None
+    return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
 
 
 def read_rows(path, remedy="--overwrite makes the file anew"):

@@ -48,7 +48,7 @@ def main():
     prompt, completion = 200, None
     if args.stage == 2 and args.model is None:
         prompt, completion = lengths_of_stage1(args)
-    prompt, completion = args.prompt or prompt, args.answer or completion or args.max_new_tokens / 2
+    prompt, completion = args.prompt_tokens or prompt, args.answer_tokens or completion or args.max_new_tokens / 2
     if args.stage == 1:
         plan_stage1(args, args.limit or 1000, prompt, completion)
     else:
@@ -77,8 +77,8 @@ def parse_args():
         add("--revision", str, "branch, tag or commit on the hub")
         add("--max_new_tokens", 1024, "of an answer, at the most")
         parser.set_defaults(temperature=1.0)
-    add("--prompt", float, "mean tokens of a prompt; default: 200, where --model is given")
-    add("--answer", float, "mean tokens of an answer; default: half of --max_new_tokens, where --model is given")
+    add("--prompt_tokens", float, "mean tokens of a prompt; default: 200, where --model is given")
+    add("--answer_tokens", float, "mean tokens of an answer; default: half of --max_new_tokens, where --model is given")
     parser.parse_args = parser.parse_intermixed_args  # the machine may stand anywhere among the flags
     return vstar.read_flags(parser, "vstar" if chosen.stage == 1 else "train")
 
@@ -131,7 +131,7 @@ def plan_training(args, objective, prompt, completion):
         f" and about {OVERHEAD:g} for CUDA and NCCL, of {GPUS[gpu][0]}" if on_gpu else ""))
     node = min(ranks, NODE)
     waiting = dtype.itemsize * shape.total * node / ranks if args.offload_reference and on_gpu else 0
-    print(f"host memory per node: {(2 * node * shape.total + waiting) / 2**30:.1f} GiB, as each process reads the model")
+    print(f"host memory per node: {(2 * node * shape.total + waiting) / 2**30:.1f} GiB; each process reads the model")
     if on_gpu:
         print(remedy(shape, args, objective, ranks, gpu, dtype, width))
         floor = step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, args.max_new_tokens)

@@ -20,7 +20,7 @@ def test_a_recipe_says_what_the_release_says(name):
     first = vstar.make_parser().parse_args(
         [f"@{FOLDER}/{name}.vstar.args", "--data=my.jsonl" if long else "--model=Qwen/Qwen2.5-3B"])
     assert (first.samples, first.beta1, first.temperature) == (8, 0.5, 1)
-    assert (first.max_new_tokens, first.chat, first.suffix) == ((16384, True, None) if long else (1024, False, None))
+    assert (first.max_new_tokens, first.chat, first.prompt) == ((16384, True, None) if long else (1024, False, None))
     assert (first.model, first.data) == (
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "my.jsonl") if long else ("Qwen/Qwen2.5-3B", name))
     second = train.make_parser(train.APO).parse_args([f"@{FOLDER}/{name}.train.args"])
@@ -43,7 +43,8 @@ def test_a_recipe_runs(name, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(model)
-    inside("vstar.py", f"@{FOLDER}/{name}.vstar.args", f"--model={model}", "--data=tiny/train.jsonl", "--suffix=",
+    inside("vstar.py", f"@{FOLDER}/{name}.vstar.args", f"--model={model}", "--data=tiny/train.jsonl",
+           "--prompt={question}",
            "--limit=16", "--max_new_tokens=48", "--engine=transformers", f"--out={rows}")
     inside("train.py", f"@{FOLDER}/{name}.train.args", f"--vstar={rows}", "--eval_data=tiny/test.jsonl",
            "--eval_limit=8", "--batch_size=8", "--steps=2", "--engine=transformers", f"--out={tmp_path}/run")

@@ -45,8 +45,8 @@ def main():
             lab.train(args, out, first, f"--eval_data={tests['trained']}", f"--seed={seed}", *more,
                       algorithm="grpo" if kind == "grpo" else "apo", threads=1)
         model = world / "model" if kind == "before" else out / "run/model"
-        lab.run(args, "evaluate", out, "eval/results.json", f"--model={model}", "--data", *tests.values(), "--suffix=",
-            "--samples=4", "--decode_rows=1024", f"--out={out}/eval", *common, threads=1)
+        lab.run(args, "evaluate", out, "eval/results.json", f"--model={model}", "--data", *tests.values(),
+            "--prompt={question}", "--samples=4", "--decode_rows=1024", f"--out={out}/eval", *common, threads=1)
         (found,) = json.loads((out / "eval/results.json").read_text()).values()
         return {Path(path).stem: measured["accuracy"] for path, measured in found.items()}
 

@@ -147,7 +147,8 @@ def main():
     model.cpu().save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     longest = math.ceil((10 * max(args.digits) + 20) / 8) * 8  # the longest worked answer and some room
-    recipes = {"vstar": f"--data={args.out}/train.jsonl --max_new_tokens={longest} --suffix= --decode_rows=1024"}
+    flags = f"--max_new_tokens={longest} --prompt={{question}} --decode_rows=1024"
+    recipes = {"vstar": f"--data={args.out}/train.jsonl {flags}"}
     for name, flags in recipes.items():
         (args.out / f"{name}.args").write_text(f"--model={args.out}/model\n" + flags.replace(" --", "\n--") + "\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters → {args.out}")

@@ -99,8 +99,8 @@ def child(args):
     result = (ours if code == "ours" else theirs)(args, algorithm, out)
     if not args.shape:
         final = f"{out}/run/model" if code == "ours" else f"{out}/model"
-        command = (f"evaluate.py --model={final} --data=tiny/test.jsonl --suffix= --max_new_tokens={args.tokens} "
-                   f"--samples=4 --decode_rows=1024 --out={out}/eval")
+        command = (f"evaluate.py --model={final} --data=tiny/test.jsonl --prompt={{question}} "
+                   f"--max_new_tokens={args.tokens} --samples=4 --decode_rows=1024 --out={out}/eval")
         subprocess.run([sys.executable, *shlex.split(command)], cwd=lab.ROOT, check=True)
         (found,) = json.loads(Path(out, "eval/results.json").read_text()).values()
         result["accuracy"] = next(iter(found.values()))["accuracy"]
@@ -172,8 +172,9 @@ def ours(args, algorithm, out):
     if args.shape:
         vstar.reward = rewards.reward = lab.toss
     # --- what a user types
-    commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --suffix= --max_new_tokens={args.tokens} "
-                f"--decode_rows=1024 --limit={args.limit} --engine=transformers --out={out}/vstar.jsonl",
+    commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --prompt={{question}} "
+                f"--max_new_tokens={args.tokens} --decode_rows=1024 --limit={args.limit} --engine=transformers "
+                f"--out={out}/vstar.jsonl",
                 ("train.py" if algorithm == "apo" else f"experiments.baselines {algorithm}") +
                 f" --vstar={out}/vstar.jsonl --beta2=0.1 --lr={args.lr} --warmup=5 --steps={args.steps} "
                 f"--batch_size={args.batch_size} --decode_rows=1024 --engine=transformers "
