@@ -2420,7 +2420,7 @@ def test_ones_own_reward(tmp_path, capsys):
     assert judged(slow, rows) == [("a", 3.5), ("b", 2.0)]  # in order
     for body, words in {"return None": ["TypeError"], "return float('nan')": ["nan"],
                         "return row['nums']": ["line 2", "KeyError"],
-                        "return 1 if row['id'] == '1' else 1 / 0": ["line 2", "problem 2", "ZeroDivisionError"]}.items():
+                        "return 1 if row['id'] < '2' else 1 / 0": ["line 2", "problem 2", "ZeroDivisionError"]}.items():
         named = own_reward(tmp_path, body)
         ends_in_one_line(capsys, lambda named=named: judged(named, rows), "mine.py:judge", *words, "response")
     for named, words in {"none.py:judge": "no such file", f"{tmp_path}/mine.py:other": "no attribute 'other'",
