@@ -71,14 +71,16 @@ def seconds_of(call, rounds):
     return float(np.median(taken[1:]))
 
 
-def limits():
-    """FLOP/s and bytes/s."""
-    if GPU:
-        name = next(name for name in plan.GPUS if name in torch.cuda.get_device_name())
-        return plan.GPUS[name][1:3]
-    one, other = torch.randn(2, 2048, 2048)
-    block, target = torch.zeros(2, 1 << 26)  # 256 MB each
-    flops = 2 * 2048**3 / seconds_of(lambda: one @ other, 5)
+def limits(measured=False):
+    """FLOP/s and bytes/s: a known GPU's data sheet, or what a large product of matrices and a large copy reach."""
+    known = [peak[1:3] for name, peak in plan.GPUS.items() if GPU and name in torch.cuda.get_device_name()]
+    if known and not measured:
+        return known[0]
+    size, many, dtype = (8192, 1 << 28, torch.bfloat16) if GPU else (2048, 1 << 26, torch.float32)
+    with torch.device("cuda" if GPU else "cpu"):
+        one, other = torch.randn(2, size, size, dtype=dtype)
+        block, target = torch.zeros(2, many)  # 256 MB each, or 1 GB
+    flops = 2 * size**3 / seconds_of(lambda: one @ other, 5)
     return flops, 2 * block.nbytes / seconds_of(lambda: target.copy_(block), 5)
 
 
@@ -90,12 +92,16 @@ def profiled(args, call):
         print(profile.key_averages().table(sort_by=f"self_{'cuda' if GPU else 'cpu'}_time_total", row_limit=15))
 
 
-def decode(args, model, shape, dtype, bandwidth):
-    """All rows write all tokens, so that the work is known."""
+def some_prompts(args):
     rng = random.Random(0)
     # of unlike length, as in training: padding needs a mask, and attention with one is slower
-    prompts = [[rng.randrange(1, 19) for _ in range(rng.randint(args.prompt // 2, args.prompt))]
-               for _ in range(args.decode_rows)]
+    return [[rng.randrange(1, 19) for _ in range(rng.randint(args.prompt // 2, args.prompt))]
+            for _ in range(args.decode_rows)]
+
+
+def decode(args, model, shape, dtype, bandwidth):
+    """All rows write all tokens, so that the work is known."""
+    prompts = some_prompts(args)
     sampler = TransformersSampler(model, [-1], args.tokens, 1.0, args.decode_rows)
     call = lambda: sampler.generate(prompts, 1, list(range(args.decode_rows)))
     whole, inside, forward = seconds_of(call, args.rounds), [], model.forward
