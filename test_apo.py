@@ -1295,6 +1295,64 @@ def test_stale_weights_and_a_wrong_reference_are_noticed(capsys):
     ends_in_one_line(capsys, lambda: check(0, log_ratio_abs=1.0), "agree", "0.05 per token")
 
 
+def test_each_pass_has_an_order_of_its_own():
+    args = some_args(batch_size=8, seed=3)
+    passes = [[row for step in (2 * epoch, 2 * epoch + 1) for _, row in train.prompts_of_step(range(16), step, args)]
+              for epoch in range(3)]
+    assert all(sorted(some) == list(range(16)) for some in passes) and len({*map(tuple, passes)}) == 3
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_each_process_has_its_share_of_each_minibatch(ranks):
+    for rank in range(ranks):
+        samples = [s._replace(place=32 + rank + ranks * i) for i, s in enumerate(some_samples(32 // ranks))]
+        dealt = [len(some) for some, _ in train.minibatches(samples, {}, some_args(batch_size=32, minibatches=4), 1)]
+        assert dealt == [8 // ranks] * 4
+
+
+def test_blocks_that_drop_out_by_their_own_flag_are_refused(capsys):
+    kind = transformers.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+                                  word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.5)
+    model = transformers.OPTForCausalLM(kind)
+    args = SimpleNamespace(model="an OPT")
+    train.check_head(train.Policy(model), "cpu", args)
+    ends_in_one_line(capsys, lambda: train.check_head(train.Policy(model, recompute=True), "cpu", args), "drop out",
+                     "--recompute no")
+
+
+def test_an_eos_of_null_is_the_configs(tmp_path):
+    shutil.copytree(HERE / "tiny/model", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": null}')
+    assert vstar.load_tokenizer(str(tmp_path / "model"), None)[1] == vstar.load_tokenizer("tiny/model", None)[1]
+
+
+def test_bin_weights_are_fingerprinted(tmp_path):
+    seen = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        seen.add(vstar.fingerprint(tmp_path)["model's weights"])
+    assert len(seen) == 2
+
+
+def test_what_a_data_set_wrote_is_printed_escaped(capsys):
+    ends_in_one_line(capsys, lambda: rewards.fail("problem \x1b[31m7"), "problem �[31m7")
+    evaluate.show([dict(id="\x1b[2J", answer="\x1b", responses=["no"], finished=[True], rewards=[0.0])], 1)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice,kept", [("none", "abc"), ("unsolved", "ab"), ("both", "a")])
+def test_filter(choice, kept, monkeypatch, tmp_path):
+    rows = [dict(id=name, rewards=some, vstar=0.0) for name, some in dict(a=[0.0, 1], b=[1, 1], c=[0.0, 0.5]).items()]
+    monkeypatch.setattr(train, "read_rows", lambda path: rows)
+    monkeypatch.setattr(train, "fingerprint", lambda *_, **__: {})
+    made = json.dumps(dict(settings={**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "samples": 2, "beta1": 1,
+                                     "data": "d"}))
+    (tmp_path / "v.jsonl").write_text("")
+    (tmp_path / "v.config.json").write_text(made)
+    args = some_args(vstar=tmp_path / "v.jsonl", beta1=None, samples=None, filter=choice, steps=1, eval_data="none")
+    assert "".join(row["id"] for row in train.read_stage1(args)[0]) == kept
+
+
 def old_weights(lag):
     """train.py whose sampler has the policy's weights as they were `lag` steps ago (at the run's start, if fewer)."""
     return f"""

@@ -29,6 +29,7 @@ def contact(tmp_path_factory):
 
 
 @whole
+@pytest.mark.long
 def test_every_part_runs_at_toy_size(contact):
     out, said = contact
     merged = json.loads((out / "gpu.json").read_text())
@@ -45,6 +46,7 @@ def test_every_part_runs_at_toy_size(contact):
 
 
 @whole
+@pytest.mark.long
 def test_only_what_is_missing_runs_again(contact, tmp_path):
     out = shutil.copytree(contact[0], tmp_path / "again")
     when = lambda folder: {part: (folder / f"{part}.json").stat().st_mtime_ns for part in gpu.PARTS}
@@ -55,6 +57,7 @@ def test_only_what_is_missing_runs_again(contact, tmp_path):
 
 
 @whole
+@pytest.mark.long
 @needs_no_gpu
 def test_without_a_gpu_every_part_says_so(tmp_path):
     said = toy(tmp_path).stdout
@@ -63,6 +66,7 @@ def test_without_a_gpu_every_part_says_so(tmp_path):
 
 
 @whole
+@pytest.mark.long
 @needs_no_gpu
 def test_an_engine_with_old_weights_does_not_hold(contact, tmp_path, monkeypatch):
     """Its log-probabilities stay those of the first weights."""
