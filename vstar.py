@@ -33,6 +33,7 @@ from datetime import timedelta
 from functools import cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -298,7 +299,8 @@ def pick_engine(wanted):
     why = "vLLM is not installed"
     if getattr(importlib.util.find_spec("vllm"), "origin", None):  # (a folder of that name has none)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm.platforms import current_platform
+        with quiet():
+            from vllm.platforms import current_platform
 
         if torch.cuda.is_available() or current_platform.is_cpu():
             return "vllm", "asked for" if wanted == "vllm" else "installed and can run here"
@@ -306,6 +308,22 @@ def pick_engine(wanted):
     if wanted == "vllm":
         fail(f"--engine vllm: {why}")
     return "transformers", why
+
+
+@contextmanager
+def quiet():
+    """Keeps back what libraries print while they start, also from C++. It is shown if they fail."""
+    sys.stderr.flush()
+    with TemporaryFile() as aside, os.fdopen(os.dup(2), "wb") as screen:
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            aside.seek(0)
+            screen.write(aside.read())
+            raise
+        finally:
+            os.dup2(screen.fileno(), 2)
 
 
 def prompt_seed(seed, key):
@@ -416,19 +434,20 @@ class VLLMSampler:
 
     def __init__(self, args, eos, window, training=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, reproducible and reachable
-        import vllm
-
         gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
         self.sleeps, self.proved = training and gpu, False
-        self.llm = vllm.LLM(
-            args.model, revision=args.revision, dtype=args.dtype, seed=args.seed + RANK,
-            max_model_len=window, tensor_parallel_size=getattr(args, "tensor_parallel", 1), enforce_eager=not gpu,
-            enable_sleep_mode=self.sleeps, gpu_memory_utilization=args.gpu_memory,
-            kv_cache_memory_bytes=None if gpu else 1 << 30,
-            generation_config="vllm",  # not the model's own top-k and top-p: they would make ln π/π_ref a lie
-            logprobs_mode="processed_logprobs",  # after the temperature, as in the loss
-            disable_log_stats=True, use_tqdm_on_load=False,
-        )
+        with quiet():
+            import vllm
+
+            self.llm = vllm.LLM(
+                args.model, revision=args.revision, dtype=args.dtype, seed=args.seed + RANK,
+                max_model_len=window, tensor_parallel_size=getattr(args, "tensor_parallel", 1), enforce_eager=not gpu,
+                enable_sleep_mode=self.sleeps, gpu_memory_utilization=args.gpu_memory,
+                kv_cache_memory_bytes=None if gpu else 1 << 30,
+                generation_config="vllm",  # not the model's own top-k and top-p: they would make ln π/π_ref a lie
+                logprobs_mode="processed_logprobs",  # after the temperature, as in the loss
+                disable_log_stats=True, use_tqdm_on_load=False,
+            )
         torch.set_num_threads(threads)  # vLLM leaves one, too few for the update on a CPU
         self.sampling = dict(temperature=args.temperature, top_p=1.0, top_k=-1, max_tokens=args.max_new_tokens,
                              stop_token_ids=eos, detokenize=False, logprobs=0 if training else None)
