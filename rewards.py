@@ -742,8 +742,8 @@ def same_relations(one, other):
 
 SAME = {  # a kind of tree without a value: when are two of them the same?
     "set": lambda one, other: same_items(one[1:], other[1:]),
-    # the brackets count where a tuple may be an interval: (0,1) is not [0,1]
-    "tuple": lambda one, other: (one[1] == other[1] or len(one) > 4) and same_parts(one[1:], other[1:]),
+    # the brackets count: (0,1) is not [0,1]
+    "tuple": lambda one, other: one[1] == other[1] and same_parts(one[1:], other[1:]),
     "matrix": same_parts,
     "row": same_parts,
     "relation": same_relations,

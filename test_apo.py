@@ -1827,6 +1827,9 @@ RIGHT = [
     (r"\boxed{\left(1,2\right)}", "(1, 2)"),
 ]
 WRONG = [
+    (r"\boxed{(1,2,3]}", "(1,2,3)"),  # brackets count wherever they do more than group
+    (r"\boxed{[1,2,3]}", "(1,2,3)"),
+    (r"\boxed{[1,2,3)}", "[1,2,3]"),
     # no answer where one is looked for
     ("72", "72"),
     ("the answer is 72", "72"),  # 'any number in the text' would pay a policy for babbling
