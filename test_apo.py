@@ -401,6 +401,8 @@ def compare_with_autograd(objective, naive_loss, kind, recompute, make_critic=No
         assert numbers["log_ratio_abs"] == pytest.approx(log_ratio.abs().mean().item(), rel=1e-4)
         assert numbers["length"] == len(logp) / len(samples)
         assert numbers["mismatch"] == pytest.approx((logp + 1).abs().mean().item(), rel=1e-4)  # sampled at -1 each
+        off = (given["ref_logp"] + (given["ref_logp"] != 0)).abs().sum() / (given["ref_logp"] != 0).sum()
+        assert numbers["reference_mismatch"] == pytest.approx(off.item(), rel=1e-4)
         for name, p in learners[0].model.named_parameters():
             torch.testing.assert_close(before[0]["model." + name] - p, expected[name], atol=2e-4, rtol=2e-3)
         norm = math.sqrt(sum((gradient**2).sum().item() for gradient in expected.values()))
@@ -1351,7 +1353,9 @@ def test_filter(choice, kept, monkeypatch, tmp_path):
     (tmp_path / "v.jsonl").write_text("")
     (tmp_path / "v.config.json").write_text(made)
     args = some_args(vstar=tmp_path / "v.jsonl", beta1=None, samples=None, filter=choice, steps=1, eval_data="none")
-    assert "".join(row["id"] for row in train.read_stage1(args)[0]) == kept
+    found = train.read_stage1(args)[0]
+    assert "".join(row["id"] for row in found) == kept
+    assert found[0]["vstar"] == pytest.approx(math.log((1 + math.e) / 2))  # computed again, from the rewards
 
 
 def old_weights(lag):
