@@ -18,14 +18,13 @@ it was killed, the same command goes on where it stopped. torchrun splits the pr
 
 import gc
 import json
-import math
 import re
 from copy import copy
 from pathlib import Path
 
 import numpy as np
 
-from rewards import fail, final_answers, is_correct, read, readable
+from rewards import fail, final_answers, is_correct
 from train import Policy, Sample, by_token
 from vstar import (
     RANK,
@@ -47,6 +46,7 @@ from vstar import (
     sample_all,
     start_process,
     write_whole,
+    wrong_answers,
 )
 
 
@@ -90,7 +90,7 @@ def make_parser():
     add = add_machine_flags(parser)
     add("--tokens_per_microbatch", 16384, "padded tokens a forward pass for the KL")
     add = add_problem_flags(parser, split="test", files="+")
-    add("--show", 0, "print so many wrong answers, with the checker's reading of both sides")
+    add("--show", 0, "print so many wrong answers, of problems spread over the set, as the checker reads them")
     add("--out", Path("out/eval"), "the folder for answers, results and the picture")
     return parser
 
@@ -101,7 +101,7 @@ def report(args, results, answers):
     k = args.samples
     first, *others = args.model
     print(f"\n{'':{width}s}  accuracy (95 %)         pass@{k}  maj@{k}  finished  length"
-          + "  KL/answer  KL/token" * bool(args.reference))
+          + "  KL/answer  KL/token" * bool(args.reference) + "   (right: a reward of at least 1)" * bool(args.reward))
     for data in args.data:
         for model in args.model:
             f = results[model][data]
@@ -115,8 +115,7 @@ def report(args, results, answers):
             print(f"   {model} against {first}: {mean:+.3f} ({low:+.3f} – {high:+.3f}), {verdict}")
     for (model, data), rows in answers.items():
         if args.show:
-            print(f"\nwrong answers of {model} on {data}")
-            show(rows, args.show)
+            print(f"\nwrong answers of {model} on {data}", *wrong_answers(rows, args.show, args.reward), sep="\n")
     write_whole(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     # low, mean and high of each model and data set, on a line of its own
     points = [{"accuracy": found[key], name: name}
@@ -137,7 +136,7 @@ def measure(rows):
     return {
         "problems": len(rows), "n": n, "accuracy": rewards.mean(), "low": low, "high": high,
         "pass": {k: pass_at_k(rewards, k).mean() for k in range(1, n + 1)},
-        "majority": np.mean([majority(row["responses"], row["finished"], row["rewards"]) for row in rows]),
+        "majority": np.mean([majority(row["responses"], row["finished"], right) for row, right in zip(rows, rewards)]),
         "finished": np.mean([row["finished"] for row in rows]),
         "length": np.mean([row["lengths"] for row in rows]),
     }
@@ -186,22 +185,6 @@ def divergence(rows, prompts, args, device):
     low, high = bootstrap(ratio.reshape(len(rows), -1).mean(1))
     return dict(kl=ratio.mean(), kl_low=low, kl_high=high,
                 kl_per_token=ratio.sum() / sum(len(sample.completion.tokens) for sample in samples))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a person sees
-
-
-def show(rows, count):
-    """Wrong answers beside the gold: the quickest way to find a checker's false 'wrong'."""
-    wrong = [next(((row, response, finished) for response, finished, reward in
-                   zip(row["responses"], row["finished"], row["rewards"]) if reward < 1), None) for row in rows]
-    wrong = [one for one in wrong if one]  # one of a problem, and the problems spread over the set
-    for row, response, finished in wrong[:: math.ceil(len(wrong) / count) or 1][:count]:
-        found = final_answers(response) if finished else []
-        said = repr(read(found[-1]).text) if found else "no answer" if finished else "cut off"
-        print(f"── {readable(row['id'])}: read as {said}, the gold {row['answer']!r} as {read(row['answer']).text!r}\n"
-              f"   … {readable(response[-300:]).strip()}")
 
 
 if __name__ == "__main__":

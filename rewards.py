@@ -9,12 +9,12 @@ What a model wrote is untrusted text. A small parser reads it; nothing is ever e
 """
 
 import cmath
-import importlib.util
 import json
 import math
 import operator
 import random
 import re
+import runpy
 import sys
 import unicodedata
 from decimal import Decimal, localcontext
@@ -40,6 +40,7 @@ def reward(response, answer, finished):
     return float(1 < wanted <= len(found) and is_correct(", ".join(found[-wanted:]), answer))
 
 
+@lru_cache  # a file is run once: a batch should not connect to its server anew, nor be graded by what was edited since
 def load_reward(named):
     """'FILE.py:FUNCTION' → that function of (response, row, finished); None → the one above."""
     if named is None:
@@ -47,15 +48,12 @@ def load_reward(named):
     path, _, name = named.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         fail(f"--reward {named}: no such file; it should be FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location("own_reward", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
-    except Exception as error:  # the user's own code
+    try:  # not an import, which may take a .pyc for an edited file
+        function = runpy.run_path(path, run_name="own_reward").get(name)
+    except (Exception, SystemExit) as error:  # the user's own code
         fail(f"--reward {named}: {type(error).__name__}: {error}")
     if not callable(function):
-        fail(f"--reward {named}: {name} is not a function")
+        fail(f"--reward {named}: no function {name!r} in it")
     return function
 
 
@@ -142,8 +140,10 @@ DATASETS = {  # name: hub id, config, its only split (None: the split that was a
 
 def load_problems(source, split="train", question_field="question", answer_field="answer"):
     """A .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}].
-    A row's other fields stay, for --prompt and --reward."""
+    A row's other fields stay, for --prompt and --reward, but for those that Stage 1 writes."""
     path = Path(source)
+    if split == "test" and source in ("hellaswag", "commonsense_qa"):
+        split = "validation"  # they keep the answers of their test split to themselves
     if path.suffix in (".jsonl", ".json", ".parquet"):
         rows, name = file_rows(path), path.stem
     elif source in DATASETS or source.count("/") == 1:
@@ -163,7 +163,10 @@ def load_problems(source, split="train", question_field="question", answer_field
             question, answer = lettered(row, question, answer)
         # the answer field of GSM8K and MATH holds a whole solution: the gold is its final answer
         gold = ["", *final_answers(answer)][-1] or answer.strip()
-        problems[key] = {**row, "id": key, "question": question, "answer": gold}
+        # as JSON has them, so that both stages' rewards see the same: a file of Stage 1 lies between
+        fields = {field: value for field, value in json.loads(json.dumps(row, default=str)).items()
+                  if field not in ("rewards", "vstar", "lengths", "finished", "responses")}
+        problems[key] = {**fields, "id": key, "question": question, "answer": gold}
     if not problems:
         fail(f"{source}: no problems in it")
     return list(problems.values())
@@ -243,17 +246,22 @@ def make_prompt(tokenizer, problem, template, chat, chat_args=None):
     {field} in `template` is a field of the problem; other braces stand for themselves."""
 
     def field(match):
-        if match[1] not in problem:
+        if problem.get(match[1]) is None:  # so the hub fills what a row lacks
             fail(f"--prompt: problem {problem['id']} has no field {match[1]!r} (it has: {', '.join(problem)})")
         return str(problem[match[1]])
 
-    text = re.sub(r"\{([A-Za-z_]\w*)\}", field, template)
+    text, fields = re.subn(r"\{([A-Za-z_]\w*)\}", field, template)
+    if not fields:
+        fail(f"--prompt {template!r}: it asks all the same, for it has no field in braces such as {{question}}")
     if not chat:
         return text
     if not tokenizer.chat_template:
         fail("--chat: this tokenizer has no chat template")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **(chat_args or {}))
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **(chat_args or {}))
+    except Exception as error:  # the template is the model's, the arguments are the user's
+        fail(f"--chat: its template fails with --chat_args {json.dumps(chat_args)}: {type(error).__name__}: {error}")
 
 
 def encode(tokenizer, prompt, chat):

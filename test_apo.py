@@ -579,6 +579,14 @@ def test_summary_warns():
     assert "cut off" in vstar.summary([row(r["rewards"], False) for r in mixed], 0.5)
     assert "too small for β1" in vstar.summary([row(r["rewards"][3:5]) for r in mixed[4:5]], 0.25)
     assert "too small for β1" in vstar.summary([row(r["rewards"][:1]) for r in mixed], 0.5)
+    many = [dict(row([0.0] * 8), id=str(i), answer=r"\frac12", finished=[False] + [True] * 7,
+                 responses=["cut"] + [r"so \boxed{3 of them}" if i else "so 3"] * 7) for i in range(31)]
+    read = vstar.summary(many, 0.5).split("── ")[1:]
+    assert [text.split(",")[0] for text in read] == ["0", "10", "20"]
+    assert r"no \boxed{} and no ####" in read[0] and "'3ofthem' it has words in it; the gold" in read[1]
+    assert "so 3" in read[0] and "cut" not in read[0]
+    own = vstar.summary(many, 0.5, own="mine.py:judge").split("── ")
+    assert len(own) == 4 and "read by mine.py:judge" in own[1] and "####" not in own[1]
     text = vstar.summary(mixed, 0.5)
     assert "0/8 right         11.1%" in text and "8/8 right  11.1%" in text and "0.500 ±" in text
 
@@ -725,6 +733,12 @@ def test_flags(monkeypatch, capsys):
     # what is asked for is not there
     ("--model=./nowhere", ["./nowhere", "no such folder"]),
     ("--chat", ["chat template"]),
+    ("--chat_args=[]", ["--chat_args", "[]"]),
+    ("--prompt=Think!", ["--prompt 'Think!'", "no field in braces"]),
+    ("--prompt={nums}", ["train/00000", "no field 'nums'"]),
+    ("--stop=12", ["--stop '12'", "['1', '2']"]),
+    ("--reward=nowhere.py:judge", ["nowhere.py", "no such file"]),
+    ("--suffix=?", ["unrecognized arguments: --suffix=?"]),
     ("--max_new_tokens=510", ["train/00000", "window of 512"]),
     ("--data=nowhere.jsonl", ["nowhere.jsonl"]),
     ("--data=nonsense", ["unknown data set 'nonsense'"]),
@@ -1339,8 +1353,8 @@ def test_bin_weights_are_fingerprinted(tmp_path):
 
 def test_what_a_data_set_wrote_is_printed_escaped(capsys):
     ends_in_one_line(capsys, lambda: rewards.fail("problem \x1b[31m7"), "problem �[31m7")
-    evaluate.show([dict(id="\x1b[2J", answer="\x1b", responses=["no"], finished=[True], rewards=[0.0])], 1)
-    assert "\x1b" not in capsys.readouterr().out
+    (said,) = vstar.wrong_answers([dict(id="\x1b[2J", answer="\x1b", responses=["\x1b"], finished=[1], rewards=[0])], 1)
+    assert "\x1b" not in said and "�[2J" in said
 
 
 @pytest.mark.parametrize("choice,kept", [("none", "abc"), ("unsolved", "ab"), ("both", "a")])
@@ -1430,8 +1444,11 @@ def test_health_is_not_remarked_upon():
     # V̂* holds for Stage 1's settings, so they cannot be changed here
     ("--model=tiny/model", ["unrecognized arguments: --model=tiny/model"]),
     ("--revision=main", ["unrecognized arguments: --revision=main"]),
-    ("--suffix=?", ["unrecognized arguments: --suffix=?"]),
+    ("--prompt=?", ["unrecognized arguments: --prompt=?"]),
     ("--chat", ["unrecognized arguments: --chat"]),
+    ("--chat_args={}", ["unrecognized arguments: --chat_args={}"]),
+    ("--stop=;", ["unrecognized arguments: --stop=;"]),
+    ("--reward=a.py:b", ["unrecognized arguments: --reward=a.py:b"]),
     ("--temperature=0.5", ["unrecognized arguments: --temperature=0.5"]),
     ("--max_new_tokens=9", ["unrecognized arguments: --max_new_tokens=9"]),
     ("--batch_size=0", ["--batch_size", "is too small"]),
@@ -1509,6 +1526,8 @@ def test_stage2_killed_and_restarted(trained, all_rows, tmp_path):
     assert metrics(out) == metrics(trained[0])
     assert weights(out) == weights(trained[0])
     assert not list(out.glob("**/*.tmp"))
+    for name in ("000001.jsonl", "000003.jsonl", "000006.jsonl"):
+        assert (out / "samples" / name).read_bytes() == (trained[0] / "samples" / name).read_bytes()
 
 
 @whole
@@ -2379,6 +2398,24 @@ def test_load_problems(tmp_path):
         {"id": "q/1", "question": "1+1", "answer": "2, -2", "problem": "1+1", "solution": ["2", "-2"]}]
 
 
+def test_both_stages_rewards_see_the_same_fields(tmp_path):
+    """Those that a file of JSON can hold, but for the names that Stage 1 writes itself."""
+    import datetime
+
+    import pyarrow.parquet
+
+    row = dict(question="a", answer="1", day=datetime.date(2026, 1, 2), nums=[1, 2], rewards=[9], responses="mine")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "p.parquet")
+    assert rewards.load_problems(str(tmp_path / "p.parquet")) == [
+        dict(id="p/1", question="a", answer="1", day="2026-01-02", nums=[1, 2])]
+
+
+def test_a_changed_field_is_another_problem():
+    prints = [vstar.fingerprint("tiny/model", [dict(id="1", prompt="a", answer="1", target=target, tokens=[1])])
+              for target in (1, 1, 2)]
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_hub_problems(monkeypatch):
     import datasets
 
@@ -2429,7 +2466,7 @@ def test_bad_data_names(tmp_path, capsys, monkeypatch):
     ends_in_one_line(capsys, lambda: rewards.load_problems("gsm8k"), "openai/gsm8k", "Couldn't reach the Hub")
 
 
-def test_prompts():
+def test_prompts(capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(HERE / "tiny/model")
     what = dict(id="1", question="What?", level=3)
     ask = lambda name: rewards.make_prompt(tokenizer, what, rewards.template_of(name), False)
@@ -2444,15 +2481,21 @@ def test_prompts():
     chat = rewards.make_prompt(tokenizer, dict(question="1"), "{question}+2", True)
     assert chat == "<eos>1+2="
     tokenizer.chat_template = "{{ 'think' if enable_thinking else 'answer' }}"
-    assert rewards.make_prompt(tokenizer, what, "", True, dict(enable_thinking=False)) == "answer"
+    assert rewards.make_prompt(tokenizer, what, "{question}", True, dict(enable_thinking=False)) == "answer"
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    for more in (None, dict(tokenize=True)):
+        ends_in_one_line(capsys, lambda more=more: rewards.make_prompt(tokenizer, what, "{level}", True, more),
+                         "--chat_args " + json.dumps(more))
 
 
 def test_a_template_takes_any_field_of_a_problem(capsys):
-    row = dict(id="file/3", question="{level}", level=3, answer="7")
+    row = dict(id="file/3", question="{level}", level=3, answer="7", hint=None)
     ask = lambda template: rewards.make_prompt(None, row, template, False)
     rest = r" {} \boxed{} {0} \frac{1}{2} {a.b}"
     assert ask("{level}: {question}" + rest) == "3: {level}" + rest
     ends_in_one_line(capsys, lambda: ask("{nums}"), "file/3", "'nums'")
+    ends_in_one_line(capsys, lambda: ask("{hint}{question}"), "file/3", "'hint'")  # the hub fills what is not there
+    ends_in_one_line(capsys, lambda: ask(rest), "no field in braces")
 
 
 def test_multiple_choice(monkeypatch):
@@ -2463,16 +2506,25 @@ def test_multiple_choice(monkeypatch):
                                    answerKey="3"),
                 commonsense_qa=dict(question="He runs", choices=dict(label=["A", "B", "C"], text=["and", "or", "but"]),
                                     answerKey="C"))
+    asked = []
+    suffix = " Let's think step by step and output the letter of the right choice within \\boxed{}."
     for name, row in rows.items():
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, row=row, **__: datasets.Dataset.from_list([row]))
-        (problem,) = rewards.load_problems(name)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *which, split, row=row: asked.append((*which, split))
+                            or datasets.Dataset.from_list([row]))
+        (problem,) = rewards.load_problems(name, "test")
+        prompt = rewards.make_prompt(None, problem, rewards.template_of(name), False)
+        assert prompt == problem["question"] + suffix
         assert problem["question"].startswith("He runs\nA. and\nB. or\nC. but\n") and problem["answer"] == "C"
         assert rewards.reward(r"so \boxed{C}", problem["answer"], True) == 1
         assert rewards.reward(r"so \boxed{B}", problem["answer"], True) == 0
+    # two of them do not tell the answers of their test split
+    assert asked == [("Rowan/hellaswag", None, "validation"), ("allenai/ai2_arc", "ARC-Challenge", "test"),
+                     ("tau/commonsense_qa", None, "validation")]
 
 
 def own_reward(tmp_path, body):
     (tmp_path / "mine.py").write_text(f"def judge(response, row, finished):\n    {body}\n")
+    rewards.load_reward.cache_clear()  # a process runs a file once
     return f"{tmp_path}/mine.py:judge"
 
 
@@ -2486,16 +2538,53 @@ def test_ones_own_reward(tmp_path, capsys):
     rows = [dict(id="1", answer="", worth=2.5), dict(id="2", answer="", worth=True)]
     slow = own_reward(tmp_path, "import time; time.sleep(row['id'] == '1'); return row['worth'] + finished")
     assert judged(slow, rows) == [("a", 3.5), ("b", 2.0)]  # in order
-    for body, words in {"return None": ["TypeError"], "return float('nan')": ["nan"],
+    for body, words in {"return None": ["TypeError"], "return float('nan')": ["nan"], "return '1'": ["TypeError"],
+                        "raise SystemExit(0)": ["line 2", "SystemExit"],
+                        "raise ValueError('\\x1b' + response)": ["line 2", "ValueError: �a", "problem 1, response 'a'"],
                         "return row['nums']": ["line 2", "KeyError"],
                         "return 1 if row['id'] < '2' else 1 / 0": ["line 2", "problem 2", "ZeroDivisionError"]}.items():
         named = own_reward(tmp_path, body)
         ends_in_one_line(capsys, lambda named=named: judged(named, rows), "mine.py:judge", *words, "response")
-    for named, words in {"none.py:judge": "no such file", f"{tmp_path}/mine.py:other": "no attribute 'other'",
-                         "judge": "no such file", f"{tmp_path}/mine.py:__name__": "not a function"}.items():
+    for named, words in {"none.py:judge": "no such file", f"{tmp_path}/mine.py:other": "no function 'other'",
+                         "judge": "no such file", f"{tmp_path}/mine.py:__name__": "no function '__name__'"}.items():
         ends_in_one_line(capsys, lambda named=named: rewards.load_reward(named), words)
-    (tmp_path / "mine.py").write_text("def judge(:\n")
-    ends_in_one_line(capsys, lambda: rewards.load_reward(f"{tmp_path}/mine.py:judge"), "SyntaxError")
+    for text, words in {"def judge(:\n": "SyntaxError", "import nothing_like_it\n": "ModuleNotFoundError",
+                        "raise SystemExit(0)\n": "SystemExit"}.items():
+        (tmp_path / "mine.py").write_text(text)
+        rewards.load_reward.cache_clear()
+        ends_in_one_line(capsys, lambda: rewards.load_reward(f"{tmp_path}/mine.py:judge"), words)
+
+
+def test_ones_own_reward_is_loaded_once(tmp_path, capsys, monkeypatch):
+    """By a path from here, too. Another text of the file counts for the next run."""
+    monkeypatch.chdir(tmp_path)
+    own_reward(tmp_path, "return len(loaded)")
+    with open("mine.py", "a") as file:
+        file.write("from __future__ import annotations\nimport dataclasses\nloaded = [1]\n"
+                   "@dataclasses.dataclass\nclass Kept:\n    number: int\n")
+    lines = Path("mine.py").read_text().splitlines()
+    Path("mine.py").write_text("\n".join([lines[2], *lines[:2], *lines[3:]]))
+    for _ in range(2):
+        assert judged("mine.py:judge", [dict(id="1")]) == [("a", 1.0)]
+        Path("mine.py").write_text("def judge(*_):\n    return 1 / 0\n")
+    rewards.load_reward.cache_clear()
+    ends_in_one_line(capsys, lambda: judged("mine.py:judge", [dict(id="1")]), "--reward mine.py:judge, line 2: Zero")
+
+
+@whole
+def test_what_was_graded_before_a_reward_failed_is_whole(tmp_path):
+    """And with the reward mended, --overwrite starts afresh."""
+    data = [problem["id"] for problem in rewards.load_problems(str(HERE / "tiny/train.jsonl"))[:768]]
+    named, out = own_reward(tmp_path, f"return 1.0 if row['id'] != {data[-1]!r} else None"), tmp_path / "v.jsonl"
+    done = inside(*stage1(out, f"--reward={named}"), check=False)
+    refused(done, "mine.py:judge", "TypeError", f"problem {data[-1]}, response", alone=False)
+    assert not out.exists() and not list(tmp_path.glob("**/*.tmp"))
+    for part in (tmp_path / "v.parts").glob("*"):
+        assert all(row["rewards"] == [1.0, 1.0] for row in read_jsonl(part)) and part.suffix == ".jsonl"
+    named = own_reward(tmp_path, "return 0.5")
+    refused(inside(*stage1(out, f"--reward={named}"), check=False), "reward's file (was", "--overwrite")
+    inside(*stage1(out, f"--reward={named}", "--overwrite"))
+    assert all(row["rewards"] == [0.5, 0.5] and row["vstar"] == 0.5 for row in read_jsonl(out))
 
 
 def test_a_stop_is_one_token_and_ends_an_answer(capsys):
@@ -2514,20 +2603,23 @@ def test_any_float_is_a_reward():
     assert pass_at_k([[2.0, 0.5]], 1).tolist() == [0.5]
     # the scatter of the mean of two draws from {2, 0.5}: variance 0.5625 / 2, with (N-1)/N put back
     some = np.tile([[2.0, 0.5]], (50, 1))
-    assert vstar.vstar_error(some, math.inf, 2) == pytest.approx(0.75, rel=0.1)
+    assert vstar.vstar_error(some, math.inf, 2) == pytest.approx(0.75, rel=0.02)
+    rows = [dict(row, responses=["\\boxed{1}", "\\boxed{2}"], rewards=[2 * r for r in row["rewards"]]) for row in rows]
+    found = evaluate.measure(rows)
+    assert (found["accuracy"], found["majority"], found["pass"][2]) == (0.5, 0.5, 0.5)
 
 
 @whole
 def test_ones_own_task_end_to_end(tmp_path):
     """A reward, a template and a stop of one's own go from Stage 1 to Stage 2; another reward is refused."""
     named = own_reward(tmp_path, "return row['weight'] * finished + len(response) / 100")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(dict(id=str(i), question="?", a=i, b=7, answer="-", weight=2))
-                                              + "\n" for i in range(1, 17)))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(
+        dict(id=str(i), question="?", prompt="1", a=i, b=7, answer="-", weight=2)) + "\n" for i in range(1, 17)))
     out = tmp_path / "v.jsonl"
-    run("vstar.py", "--model=tiny/model", f"--data={tmp_path}/p.jsonl", "--prompt={a}+{b}=", "--stop", ";",
+    run("vstar.py", "--model=tiny/model", f"--data={tmp_path}/p.jsonl", "--prompt={prompt}{a}+{b}=", "--stop", ";",
         f"--reward={named}", "--samples=2", "--max_new_tokens=20", "--engine=transformers", f"--out={out}")
     rows = read_jsonl(out)
-    assert rows[0]["prompt"] == f"{rows[0]['a']}+7=" and rows[0]["weight"] == 2
+    assert rows[0]["prompt"] == f"1{rows[0]['a']}+7=" and rows[0]["weight"] == 2
     for row in rows:
         assert row["rewards"] == [2 * ended + len(text) / 100 for text, ended in zip(row["responses"], row["finished"])]
     command = ["train.py", f"--vstar={out}", f"--out={tmp_path}/run", "--steps=2", "--batch_size=8",
@@ -2536,6 +2628,10 @@ def test_ones_own_task_end_to_end(tmp_path):
     shown = read_jsonl(tmp_path / "run/samples/000001.jsonl")
     assert len(shown) == 8 and all(abs(row["log_ratio"]) < 1e-4 for row in shown)  # π is π_ref still
     assert all(row["reward"] >= 2 for row in shown if row["response"].endswith(";"))
+    assert {row["prompt"] for row in shown} < {row["prompt"] for row in rows}  # as Stage 1 asked
+    said = inside(*evaluation(tmp_path / "e", f"--data={tmp_path}/p.jsonl", "--prompt={a}+{b}=", "--stop", ";",
+                              "--max_new_tokens=3", f"--reward={named}", "--show=2")).stdout
+    assert "right: a reward of at least 1" in said and said.count(", wrong, read cut off\n") == 2
     own_reward(tmp_path, "return 1.0")
     done = run(*command, check=False)
     assert done.returncode == 2 and "reward's file changed" in done.stderr, done.stderr
@@ -2656,6 +2752,9 @@ def test_greedy_evaluation(tmp_path):
     (["--temperature=0", "--samples=1", "--reference=tiny/model"], ["without --reference"]),
     (["--limit=0"], ["--limit", "0 is too small"]),
     (["--model=./nowhere"], ["./nowhere", "no such folder"]),
+    (["--reward=nowhere.py:judge"], ["nowhere.py", "no such file"]),
+    (["--prompt={nums}"], ["test/00000", "no field 'nums'"]),
+    (["--stop=12"], ["--stop '12'"]),
     (["--n=2"], ["unrecognized arguments: --n=2"]),
 ])
 def test_evaluation_refuses(more, words, tmp_path):

@@ -829,7 +829,7 @@ class Log:
             self.bar.write(f"── step {step}: {readable(row['prompt'])}\n{readable(response)}{cut}\n"
                            f"── {verdict}, the answer is {readable(row['answer'])}; V̂* {row['vstar']:.2f}, "
                            f"advantage {reward - row['vstar']:+.2f}")
-            ref_logp = given["ref_logp"].sum(-1).tolist()
+            ref_logp = given["ref_logp"].sum(-1).tolist()  # the log-ratio below is the engine's, good to `mismatch`
             (self.args.out / "samples").mkdir(exist_ok=True)
             write_rows(self.args.out / f"samples/{step:06d}.jsonl", [
                 dict(id=s.row["id"], prompt=s.row["prompt"], response=s.response, reward=s.reward,
@@ -852,7 +852,8 @@ class Log:
         out, measured = self.args.out, accuracies(self.history)
         for label, share in zip(("before", "after"), measured[:1] + measured[-1:]):
             half = mean_and_interval(np.arange(problems) < round(share * problems))[1]
-            print(f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)")
+            print(f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)"
+                  + "; right is a reward of at least 1" * bool(self.args.reward))
         total = Counter()
         for row in self.history:
             total.update(row["seconds"])
@@ -887,7 +888,7 @@ def diagnose(rows, args, most_reward=1.0):
     mean = lambda some, key: sum(row[key] for row in some) / len(some)
     before, now = lambda key: mean(rows[:10], key), lambda key: mean(rows[-10:], key)
     best = max(mean(rows[i : i + 10], "reward") for i in range(len(rows) - 9))
-    if now("unsolved") > 0.15:  # where filtering began to pay in experiments/unsolved.py
+    if now("unsolved") > 0.15 and not args.reward:  # where filtering began to pay in experiments/unsolved.py
         found["unsolved"] = (f"{now('unsolved'):.0%} of the prompts have V̂* = 0: π_ref never solved them, so "
                              "there is little to learn from and the loss stays. Does the checker misread the answers "
                              "(look at some)? Otherwise take easier problems, or leave these out: --filter unsolved.")

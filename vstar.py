@@ -44,7 +44,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from rewards import encode, fail, final_answers, load_problems, load_reward, make_prompt, readable, template_of
+from rewards import encode, fail, final_answers, load_problems, load_reward, make_prompt, read, readable, template_of
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 CHUNK = 128  # prompts that are sampled and saved at a time
@@ -92,7 +92,7 @@ def main():
     rate = sample_all(args, problems, tokenizer, eos, device, args.beta1)
     if RANK == 0:
         rows, png = read_rows(args.out), args.out.with_suffix(".png")
-        print(summary(rows, args.beta1, rate))
+        print(summary(rows, args.beta1, rate, args.reward))
         histogram(rows, png)
         print(f"→ {args.out}, {png}")
 
@@ -179,7 +179,8 @@ def vstar_error(rewards, beta1, n):
         return math.nan  # one answer says nothing of its own scatter
     if not np.isin(rewards, (0, 1)).all():
         dice = np.random.default_rng(0)
-        drawn = [estimate_vstar(rewards[:, dice.integers(seen, size=n)], beta1) for _ in range(200)]
+        draw_again = lambda: np.take_along_axis(rewards, dice.integers(seen, size=(len(rewards), n)), 1)
+        drawn = [estimate_vstar(draw_again(), beta1) for _ in range(200)]
         return math.sqrt(np.var(drawn, axis=0).mean() * seen / (seen - 1))
     vstar = estimate_vstar(np.arange(n) < right[:, None], beta1)  # (n + 1,) if 0, 1, … n of the n are right
     ways = np.array([math.comb(n, k) for k in right], dtype=np.float64)
@@ -204,8 +205,8 @@ def mean_and_interval(values):
     return values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def summary(rows, beta1, rate=None):
-    """Right is what earns at least 1."""
+def summary(rows, beta1, rate=None, own=None):
+    """Right is what earns at least 1. `own`: --reward"""
     rewards = np.array([row["rewards"] for row in rows])  # (prompts, N)
     n, right = rewards.shape[1], (rewards >= 1).sum(1)
     accuracy, half = mean_and_interval((rewards >= 1).mean(1))
@@ -222,15 +223,12 @@ def summary(rows, beta1, rate=None):
         f"mean V̂*           {np.mean([row['vstar'] for row in rows]):.3f}",
         "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*)",
     ]
-    if not np.isin(rewards, (0, 1)).all():
+    other = not np.isin(rewards, (0, 1)).all()
+    if other:
         lines.insert(2, f"reward            {rewards.mean():.3f} on average; right is what earns at least 1")
     if none == 1 and finished > 0.5:
-        for row in rows[:: math.ceil(len(rows) / 3)]:
-            found = final_answers(row["responses"][0])
-            said = readable(row["responses"][0][-300:])
-            claim = repr(found[-1]) if found else "no answer (no box and no ####)"
-            lines.append(f"── {readable(row['id'])}: {said}\n── wrong: read as {claim}, the gold is {row['answer']!r}")
-    if none > 0.9:
+        lines += wrong_answers(rows, 3, own)
+    if none > 0.9 and not other:
         lines.append(f"warning: {none:.0%} of the prompts have no right answer, so there is little to learn from. Look "
                      "at some responses. Does the answer stand where the grader looks (--prompt, --chat)? If so, the "
                      "model is too weak for these problems: take easier ones, a stronger model or more --samples.")
@@ -241,6 +239,21 @@ def summary(rows, beta1, rate=None):
         lines.append(f"warning: N = {n} is too small for β1 = {beta1:g}: V̂* is off by {error[n]:.2f}, and rewards are "
                      f"{rewards.min():g} to {rewards.max():g}. Raise --samples or --beta1.")
     return "\n".join(lines)
+
+
+def wrong_answers(rows, count, own=None):
+    """One of a problem, of problems spread over the set, and what the checker reads in both sides: the quickest way to
+    find its false 'wrong'. `own`, another reward, reads in its own way."""
+    wrong = []
+    for row in rows:
+        some = [pair for *pair, reward in zip(row["finished"], row["responses"], row["rewards"]) if reward < 1]
+        wrong += [(row, *pair) for pair in sorted(some, key=lambda pair: not pair[0])[:1]]  # cut off only if all are
+    count = min(count, len(wrong))
+    for row, finished, response in (wrong[i * len(wrong) // count] for i in range(count)):
+        found, gold = final_answers(response), read(row["answer"]).text
+        said = f"as {read(found[-1]).text!r} {read(found[-1]).trouble}".strip() if found else "no \\boxed{} and no ####"
+        said = "cut off" if not finished else f"by {own}" if own else f"{said}; the gold {row['answer']!r} as {gold!r}"
+        yield f"── {readable(row['id'])}, wrong, read {said}\n   … {readable(response[-300:]).strip()}"
 
 
 def histogram(rows, path):
@@ -279,10 +292,10 @@ def grade(args, tokenizer, pairs):
     calls = [pool.submit(judge, text, row, completion.finished) for text, (row, completion) in zip(texts, pairs)]
     for call, text, (row, _) in zip(calls, texts, pairs):
         try:
-            graded.append((text, float(call.result())))
-            if not math.isfinite(graded[-1][1]):
-                raise ValueError(f"a reward of {graded[-1][1]}")
-        except Exception as error:  # the user's own code; 0 in its place would train a policy on it
+            if not math.isfinite(value := call.result()):  # what is no number raises a TypeError
+                raise ValueError(f"a reward of {value}")
+            graded.append((text, float(value)))
+        except (Exception, SystemExit) as error:  # the user's own code; 0 in its place would train a policy on it
             pool.shutdown(wait=False, cancel_futures=True)
             own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                    if frame.filename == args.reward.rpartition(":")[0]]
@@ -587,13 +600,18 @@ def add_policy_flags(parser, models=None):
         "default: the authors', which asks for \\boxed{} (GSM8K: for ####)", metavar="TEMPLATE")
     add("--chat", False, "ask in the tokenizer's chat template; default: plain text, for base models")
     add("--chat_args", str, "more for that template, as in '{\"enable_thinking\": false}'", metavar="JSON",
-        type=lambda text: dict(json.loads(text)))
-    add("--stop", str, "more tokens that end an answer, for base models", nargs="+", metavar="TOKEN")
+        type=json_object)
+    add("--stop", str, "more tokens that end an answer, for base models; they stay in its text", nargs="+",
+        metavar="TOKEN")
     add("--reward", str, "your own: def reward(response: str, row: dict, finished: bool) -> float; row is the problem "
         "with all its fields", metavar="FILE.py:FUNCTION")
     add("--temperature", 1.0, "divides the logits, here and in the loss; 0: greedy", zero=True)
     add("--max_new_tokens", 1024, "an answer that is longer is cut off and earns 0")
     return add
+
+
+def json_object(text):
+    return {**json.loads(text)}
 
 
 def add_machine_flags(parser, training=False):
@@ -753,7 +771,7 @@ def ask(problems, args):
             fail(f"--stop {stop!r}: it should be one token, and is {tokenizer.convert_ids_to_tokens(ids)}")
         eos = sorted({*eos, *ids})
     for problem in problems:
-        if "question" in problem:  # Stage 1's rows have their prompt
+        if "vstar" not in problem:  # Stage 1's rows have their prompt, and a template may tell the date
             problem["prompt"] = make_prompt(tokenizer, problem, args.prompt, args.chat, args.chat_args)
         problem["tokens"] = encode(tokenizer, problem["prompt"], args.chat)
         if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
@@ -793,7 +811,7 @@ def write_whole(path, text):
 
 
 def write_rows(path, rows):
-    write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def remove(path):
@@ -850,7 +868,7 @@ def fingerprint(model, problems=(), reward=None):
         for place in range(0, len(data), max(4096, len(data) // 256)):
             weights.update(data[place : place + 4096])
     for problem in problems:
-        asked.update(json.dumps([problem[key] for key in ("id", "prompt", "answer")]).encode())
+        asked.update(json.dumps({**problem, "tokens": 0}, sort_keys=True).encode())  # a reward may read any field
     own = hashlib.blake2b(Path(reward.rpartition(":")[0]).read_bytes(), digest_size=8).hexdigest() if reward else None
     return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
 

@@ -170,7 +170,7 @@ def ours(args, algorithm, out):
     seconds, peak = [], Peak()
     vstar.sample_chunks, train.update = timed(vstar.sample_chunks, seconds), peak.before(train.update)
     if args.shape:
-        vstar.reward = rewards.reward = lab.toss
+        rewards.reward = lab.toss
     # --- what a user types
     commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --prompt={{question}} "
                 f"--max_new_tokens={args.tokens} --decode_rows=1024 --limit={args.limit} --engine=transformers "

@@ -51,7 +51,7 @@ def main():
 
 def child(*command):
     """vstar.py, train.py or `-m experiments.baselines NAME` with two things changed."""
-    vstar.reward = rewards.reward = lab.toss
+    rewards.reward = lab.toss
     train.save_checkpoint = lambda *_: None
     script, *flags = command[1:] if command[0] == "-m" else command
     sys.argv = [script, *flags]
