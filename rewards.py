@@ -20,7 +20,7 @@ import unicodedata
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate, repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,14 +87,15 @@ def is_correct(claim, gold):
         a unit may be missing          5\text{ cm}   5           5 cm    5 m        split_unit
         the text, in one spelling      \dfrac12   \frac{1}{2}    east    seat       respell
         a list, in any order           2, 1       1 or 2         1, 2    1          same_items
-        structures, part by part       x > 5      (5,\infty)     (1,2)   (2,1)      same, SAME
+        but one with names, in theirs  p=2, q=3   (2,3)          x=1,y=2 2, 1       named, in_order
+        what an equation says          x = 2+3=5  5              2x = 5  5          is_label, meant
+        structures, part by part       (1,1/2)    (1,0.5)        (1,2)   (2,1)      same, SAME
+        sets of numbers, by their ends x > 5      (5,\infty)     x > 5   [5,\infty) same_sets, SETS
         numbers, to 40 digits          2\sqrt3    \sqrt{12}      50      0.5        value, near
         a decimal, rightly rounded     0.3333     1/3            0.33    1/3        rounded
         formulas, at five points       (x+1)^2    x^2+2x+1       e^x     e^{2x}     at_points, near
-        % as a division by 100         50\%       1/2            50      1/2        this one
+        % and degrees as numbers       50\%       1/2            50      1/2        SCALES
     """
-    if max(len(claim), len(gold)) > LONGEST:
-        return claim.strip() == gold.strip()
     claim, gold = read(claim), read(gold)
     if claim.unit and gold.unit and claim.unit != gold.unit:
         return False
@@ -106,10 +107,11 @@ def is_correct(claim, gold):
         with localcontext(prec=64):  # each thread has its own
             if same_items(claim.items, gold.items):
                 return True
-            if claim.unit + gold.unit != "%" or len(claim.items + gold.items) > 2:
-                return False  # else one side is a %, the other has no unit
-            percent, other = (claim, gold) if claim.unit else (gold, claim)
-            return same(("/", *percent.items, ("number", Fraction(100))), *other.items)
+            if claim.unit == gold.unit:
+                return False
+            scaled, other = (claim, gold) if claim.unit else (gold, claim)
+            return same_items([("*", *read(SCALES[scaled.unit]).items, meant(tree)[-1]) for tree in scaled.items],
+                              other.items)
     except REFUSALS:
         return False
 
@@ -289,14 +291,15 @@ def readable(text):
 LONGEST = 400  # characters; the benchmarks' longest gold has 210
 DEEPEST = 38  # levels of nesting; a bracket counts as three
 # the items of a list, the digits of a number, its exponent, the n of n!, the bits of an exact result
-MOST_ITEMS, DIGITS, EXPONENT, FACTORIAL, BITS = 64, 60, 2000, 200, 10_000
+MOST_ITEMS, DIGITS, EXPONENT, FACTORIAL, BITS = 99, 60, 2000, 200, 10_000
 
 
 class Unreadable(ValueError):
     """Not mathematics that the parser knows, or too large."""
 
 
-REFUSALS = (ValueError, ArithmeticError, RecursionError)  # Unreadable is a ValueError
+# Unreadable is a ValueError; the last two come from a letter, or an i, where only a number will do
+REFUSALS = (ValueError, ArithmeticError, RecursionError, LookupError, TypeError)
 
 
 class Reading(NamedTuple):
@@ -306,51 +309,101 @@ class Reading(NamedTuple):
     trouble: str = ""  # why there is only text
 
 
-# Four control characters mark what the next steps need: \x01 and \x02 the ends of \text{…}, \x03 a \\, \x04 a dollar.
-
-SIGNS = str.maketrans("−–—×·⋅∗÷⁄’\u00a0", "---****//' ") | str.maketrans({
-    "π": "\\pi ", "∞": "\\infty ", "°": "^\\circ ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "√": "\\sqrt ",
-    "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "±": "\\pm ", "∈": "\\in ",
-    "²": "^2", "³": "^3", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "\u200b": "",
-})
-LATEX = {  # a pattern: its spelling here. The order matters
-    r",\s*\\!\s*|\{,\}": ",",  # 11,\! 111 and 1{,}234
-    r"\\\\": "\x03",  # out of the way: the second \ of a \\ is not the \ of a \, or a \;
-    r"\\%": "%",
-    r"\\\$": "\x04",  # the dollars that are left stand around formulas
-    r"\$|\\[!,]": "",
-    r"\\?~|\\(?:(?:left|right|[bB]igg?[lr]?|displaystyle|limits|quad|qquad)(?![a-zA-Z])|[;:> ()\[\]])": " ",
-    r"\x03": r"\\\\",
-    r"\\[dtc](frac|binom)(?![a-zA-Z])": r"\\\1",
-    r"\\f?boxed\s*\{": "{",  # a box in a box
-    r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname)\s*\{([^{}]*)\}": "\x01\\1\x02",
-    r"\x01?\s*\b(?:and|or)\b\s*\x02?": ",",
-}
-MONEY = {"\x04": "dollar", "€": "euro", "£": "pound"}
-UNITS = {  # a unit: its other names
-    "cm": "centimeter|centimetre", "mm": "millimeter|millimetre", "m": "meter|metre", "km": "kilometer|kilometre",
-    "in": "inch", "ft": "foot|feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram",
-    "lb": "pound", "oz": "ounce", "s": "sec|second", "min": "minute", "h": "hr|hour", "year": "yr",
-    "L": "l|liter|litre", "ml": "mL|milliliter", "gallon": "gal", "dollar": "USD", "degree": "deg", "radian": "rad",
-    "mph": "mile per hour|miles per hour", "km/h": "kmh", "J": "joule", "N": "newton", "W": "watt", "V": "volt",
-    "person": "people", "square unit": "sq unit", "square inch": "sq in", "square foot": "square feet|sq ft",
-    "cubic foot": "cubic feet", "square cm": "square centimeter", "cubic cm": "cubic centimeter",
-}
+# Some characters mark what the next steps need: \x01 and \x02 the ends of \text{…}, \x03 a \\, \x04 a dollar, ¶ a ①.
+SIGNS = str.maketrans("−–—×·⋅∗÷⁄’′∶\u00a0", "---****//'': ") | str.maketrans(dict(zip(
+    "π∞°θαβ√≤≥≠∪∩±∈≈²³½¼¾①②③④⑤⑥⑦⑧⑨\u200b",
+    r"\pi |\infty |^\circ |\theta |\alpha |\beta |\sqrt |\le |\ge |\ne |\cup |\cap |\pm |\in |\approx |"
+    "^2|^3| 1/2| 1/4| 3/4|1¶|2¶|3¶|4¶|5¶|6¶|7¶|8¶|9¶|".split("|"))))
+WORDS = (  # what is counted; but three hundreds are not 3
+    r"(?![a-z]*(?:less|eds|ands|lions|zens|tens|scores|halves|thirds|quarters|(?:if|ix|ven|gh|in|ten|ed|and)ths)\b)"
+    r"([a-z]{3,}s|men|women|children|mice)")
+# If the first is in a text, what matches the second is spelled as the third, such as the last. The order matters.
+# \001 to \004 are the marks, and \040 is a space.
+SPELLINGS = [
+    (key, re.compile(pattern), spelling)
+    for key, pattern, spelling, *_ in (map(str.strip, row.split("←")) for row in r""" ← [\s.,;]+$|^\s+ ←
+¶ ← ¶(?=\s*[,}]|\s*$) ←
+¶ ← ¶ ← , ← ①③
+} ← ^\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*+\})*+)\}$|^((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*+\})*+)\}$ ← \1\2 ← {5}, 5}
+{,} ← \{,\}(?!\d{3}(?!\d)) ← . ← 3{,}5
+, ← ,\s*\\!\s*|\{,\} ← , ← 11,\! 111 and 1{,}234
+\\ ← \\\\ ← \003 ← out of the way: the second \ of a \\ is not the \ of a \, or a \;
+\% ← \\% ← %
+\$ ← \\\$ ← \004 ← the dollars that are left stand around formulas
+$ ← \$ ←
+~ ← \\?~ ← \040
+\ ← \\[!,] ←
+\ ← \\(?:(?:left|right|middle|[bB]igg?[lr]?|displaystyle|limits|quad|qquad)(?![a-zA-Z])|[;:> ()\[\]]) ← \040
+ ← \003 ← \\\\
+\ ← \\[dtc](frac|binom)(?![a-zA-Z]) ← \\\1
+frac ← \\frac\s*(\d)(\d)(?=\d) ← \\frac{\1}{\2} ← \frac123 is \frac{1}{2}3
+boxed ← \\f?boxed\s*\{ ← { ← a box in a box
+,0 ← ^([-+]?\d+),(?=0\d+(?![\d.,]))(?!\d{3}(?!\d)) ← \1. ← 0,05 is no list
+{ ← \\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname)\s*\{([^{}]*)\} ← \001\1\002
+ ← (?<![\d.,])(\d{1,3}) (?=(?:\d{3} )*\d{3}(?![\d/])) ← \1 ← 10 000
+p ← \s*\001?\s*\b(?:per ?cent(?:age)?|pct)\b\s*\002? ← %
+ ← (?<=\d)\s*\^?\s*\{?\s*\001?\s*(?:st|nd|rd|th)\b\s*\002?\s*\}? ← ← 3rd, 7^{\text{th}}
+circled ← \\(?:text)?circled\s*\{(\d+)\} ← \1
+infinite ← \001?\s*\binfinite(?:ly many)?(?: solutions?| values| points)?\s*\002?$ ← \\infty
+ ← \001\s*(max|min|(?:arc?)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|lg|exp)\s*\002 ← \\\1\040
+_{m ← _\{(?=max|min) ← _{\\
+prime ← \^\s*\{?\s*\\prime\s*\}? ← '
+^ ← (?<=\b[fgh])\^\s*\{\s*-\s*1\s*\}(?=\s*\() ← _{-1} ← f^{-1} is a name
+circ ← \^\s*\{?\s*\\circ\s*\}? ← \\degree\040
+degree ← \\degree\s*\001?\s*([CF])\s*\002?$ ← \001\1\002 ← °C
+degree ← (\d+)\s*\\degree\s*(\d+)\s*'(?!') ← (\1+\2/60)\\degree ← 30^\circ 15'
+degree ← ((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree ← \1\\frac{\\pi}{180} ← \sin 30^\circ
+degree ← ((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree ← \1\\frac{\\pi}{180}
+degree ← \\degree\s*(?=[,)\]<>+=-]|\\[lg]|[kmn]\b|\001?\s*(?:and|or)\b) ← ← 0^\circ < x < 90^\circ
+sq ← \b(?:sq|square)\b\.?\s*(\w+)(\s*\002)?$ ← \1\2^2 ← 5 square cm
+cu ← \b(?:cu|cubic)\b\.?\s*(\w+)(\s*\002)?$ ← \1\2^3
+langle ← \\langle(.*?)\\rangle ← (\1)
+: ← ([\w.]+)\s*:\s*([\w.]+)\s*:\s*([\w.]+) ← (\1,\2,\3) ← 1:2:3
+: ← ([a-zA-Z]{3,})\s*\002?\s*:\s*\002? ← \1= ← Largest: 5
+infty ← \[(?=\s*-\s*\\infty)|(?<=\\infty)\s*\] ← ? ← no number is infinite
+integer ← \001?\s*\bis (?:an|any)(?: arbitrary)? integer\b\s*\002? ← \\in Z
+integer ← (?:\b(?:an|any|all|every|each)\s+)?\bintegers?\b\s*\002?\s*([a-zA-Z])\b ← \1\\in Z
+\{ ← \\\{(?:\s*\w\s*(?:\\mid|[|:]))?(.*?)(?:\\mid|[|:,])\s*(\w\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?)\s*\\\}$ ← \1,\2
+\{ ← \\\{\s*\w\s*(?:\\in\s*(?:\\mathbb\s*)?\{?R\}?)?\s*(?:\\mid|:|\|) ← \\{\\mid\040 ← \{x \in R : x > 2\}
+mathbb ← \\mathbb\s*(?:R\b|\{R\}) ← (-\\infty,\\infty)
+infty ← (\(-\\infty,\\infty\))\s*(?:-|/|\\backslash)\s*(?=\\\{) ← \1\\setminus\040
+| ← \|\s*\\(?:vec|overrightarrow|overline)\s*\{(\w\w)\}\s*\| ← |\1|
+( ← (?<![\w\\])([A-Z])\s*(?=\([^()=]*,[^()=]*\)\s*(?:,|$)) ← \1= ← A(1,2)
+\ ← \\(?:lor|vee|land|wedge)(?![a-z]) ← ,
+and ← \001?\s*\band\b\s*\002? ← ,
+or ← \001?\s*\bor\b\s*\002? ← ,
+, ← (\d+)\s*\001?\s*WORDS\s*\002?(?=\s*,) ← \2=\1 ← 3 apples, 5 pears
+, ← (?<=,)\s*(\d+)\s*\001?\s*WORDS\s*\002?$ ← \2=\1
+ ← ^\s*(?:\\approx|=)|\\+$|[\s.,;]+$|^\s+ ←""".replace("WORDS", WORDS).splitlines())
+]
+# a condition that takes nothing from the answer before it; there, and in f(x) = …, a letter that may have any name
+TAIL = re.compile(
+    r"(?<=[\w)}\]\x02'!])[\s,;(]*(?:[,;(]|\s\x01?\s*(?:where|with|for)\b[^=<>\d\\]*?|\\forall)\s*\x02?\s*"
+    r"(?:([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?|[a-zA-Z]\s*\\in\s*(?:\(-\\infty,\\infty\)|R))\s*\x02?\s*\)?$"
+    r"|(?<=[\w)}\]\x02'!])[\s,;(]*\x01?\s*\b(?:where|for (?:all|any|some|every|each))\b[^=<>\d\\]*$")
+HEAD = re.compile(r"\s*[a-zA-Z](?:_\{?-?\w\}?|')*\s*\(\s*([a-z])\s*\)\s*=(?=.*\1)")
+MONEY = {"\x04": "dollar", "€": "euro", "£": "lb"}
+UNITS = dict(unit.split(": ") for unit in (  # a unit: its other names
+    "cm: centimeter|centimetre, mm: millimeter|millimetre, m: meter|metre, km: kilometer|kilometre, in: inch, "
+    "ft: foot|feet, yd: yard, mi: mile, g: gram, kg: kilogram, mg: milligram, lb: pound, oz: ounce, s: sec|second, "
+    "min: minute, h: hr|hour, year: yr, L: l|liter|litre, ml: mL|milliliter, gallon: gal, dollar: USD, degree: deg, "
+    "radian: rad, mph: mile per hour|miles per hour, km/h: kmh, J: joule, N: newton, W: watt, V: volt, person: people"
+).split(", "))
 OTHER_UNITS = (
-    "day|week|month|quart|cup|cent|euro|percent|unit|m/s|cm/s|ft/s|A|K|Hz|Pa|kJ|eV|mol|student|apple|marble|book|way|"
-    "point|time|side|edge|face|block|page|ticket|coin|cubic unit|cubic inch|square meter|cubic meter|square mile|"
-    "square yard"
+    "day|week|month|quart|cup|cent|euro|unit|m/s|cm/s|ft/s|A|K|C|F|Hz|Pa|kJ|eV|mol|student|apple|marble|book|way|"
+    "point|time|side|edge|face|block|page|ticket|coin"
 )
 UNIT_OF = {name: unit for unit, names in UNITS.items() for name in names.split("|")}
 UNIT = f"({'|'.join([*UNITS, *UNITS.values(), OTHER_UNITS])})(?:s|es)?"
 UNIT_AT_END = re.compile(
     # (?<=[\s\S]) wants something before the unit: a lone cm is no number
-    r"\s*(?:(\^\s*\{?\s*\\circ\s*\}?\s*|\\degree\s*)|(%)"
+    r"\s*(?:\\(degree)\s*|(%)"
     rf"|(?<=[\s\S])(?:\x01\s*{UNIT}\.?\s*\x02"  # in \text{…}
-    rf"|(?<=[\d\s}}])(?=[\w/]{{3}}|sq|cm|mm|km|kg|mg|ft|lb|oz|hr){UNIT}\.?)"  # bare: but the m of 5m is a variable
+    rf"|(?<=[\d\s}}])(?=[\w/]{{3}}|cm|mm|km|kg|mg|ft|lb|oz|hr){UNIT}\.?"  # bare: but the m of 5m is a variable
+    rf"|(?<=\d)\s*\x01?\s*{WORDS}\s*\x02?)"
     r"\s*(?:\^\s*\{?([23])\}?)?)$")
 WORD = re.compile(  # three letters in a row that are no name of a function or a constant
-    r"(?<![\\a-zA-Z])(?!sin|cos|tan|log|exp|sqrt|arc|sec|csc|cot|pi|inf|ln)[a-zA-Z]{3,}")
+    r"(?<![\\a-zA-Z])(?!sin|cos|tan|log|exp|sqrt|arc|sec|csc|cot|pi|inf|ln)[a-zA-Z]{3,}|\x01")
 
 
 @lru_cache(maxsize=4096)
@@ -358,33 +411,35 @@ def read(text):
     """What a text says: formulas as trees, anything else as text."""
     if len(text) > LONGEST:
         return Reading(text.strip(), [], "", f"longer than {LONGEST} characters")
-    text, unit = split_unit(respell(text))
-    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"[\x01\x02]", "", text))
+    text = respell(text)
+    if bound := TAIL.search(text):
+        text = text[: bound.start()]
+    text, unit = split_unit(text)
+    bare = re.sub("[\x01\x02]", " ", text)
+    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare)
     plain = re.sub(r"\{([a-zA-Z0-9])\}", r"\1", plain)  # x_{5} is x_5
     items, trouble = [], ""
-    if re.fullmatch(r"\(?[A-Za-z]\)?", plain) and ("\x01" in text or "(" in plain):
-        plain, trouble = plain.strip("()").upper(), "it is the letter of a choice"
-    elif "\x01" in text or WORD.search(re.sub(r"\\(begin|end)\{\w+\}", "", text)):
-        plain, trouble = plain.casefold(), "it has words in it"
-    else:
+    if re.fullmatch(r"[(\s\x01]+[A-Za-z][)\s\x02]+|[a-dA-D]", text):
+        plain = plain.strip("()").upper()  # the letter of a choice
+    elif not re.search(r"[\d\\^_=<>+*/|]", text) and WORD.search(text):
+        plain, trouble = plain.casefold(), "it is words"
+    if not trouble:
         try:
-            items = Parser(text).everything()
+            items = Parser(bare, bound or HEAD.match(bare)).everything()
         except REFUSALS as error:
             trouble = str(error)
+            if WORD.search(text):
+                plain = plain.casefold()
     return Reading(plain, items, unit, trouble)
 
 
 def respell(text):
     """One spelling where LaTeX, Unicode and people have several."""
     text = unicodedata.normalize("NFKC", text.translate(SIGNS))  # NFKC: fullwidth digits
-    for pattern, spelling in LATEX.items():
-        text = re.sub(pattern, spelling, text)
-    while True:
-        text = text.strip().rstrip(".,; ")
-        depths = accumulate((sign == "{") - (sign == "}") for sign in text)
-        if not text.startswith("{") or [*depths, 0].index(0) != len(text) - 1:
-            return text
-        text = text[1:-1]  # one pair of braces holds the whole text
+    for key, pattern, spelling in SPELLINGS:
+        if key in text:
+            text = pattern.sub(spelling, text)
+    return text
 
 
 def split_unit(text):
@@ -392,9 +447,9 @@ def split_unit(text):
     unit = ""
     if match := UNIT_AT_END.search(text):
         text = text[: match.start()]
-        degree, percent, in_text, bare, power = match.groups("")
-        name = percent + in_text + bare  # one of them
-        unit = "degree" if degree else UNIT_OF.get(name, name) + power
+        *names, power = match.groups("")
+        name = "".join(names)  # one of them
+        unit = UNIT_OF.get(name, name) + power
     if text[:1] in MONEY:
         text, unit = text[1:].strip(), unit or MONEY[text[0]]
     return text.replace("\x04", ""), unit
@@ -412,51 +467,63 @@ def split_unit(text):
 #     pi                       none                             \pi                value
 #     + - * / ^ binom          two                              \frac12            value or at_points
 #     root                     a tree and the degree            \sqrt[3]{2}        value or at_points
-#     ! abs sin cos ln …       one                              5!, |x|, \sin x    value or at_points
+#     ! abs floor sin ln …     one                              5!, |x|, \sin x    value or at_points
 #     tuple                    its brackets, then its items     (1,2), [0,1)       SAME
-#     set                      its items                        \{1,2\}            SAME
-#     \cup \cap \setminus      two                              [0,1]\cup[2,3]     SAME
-#     relation                 its signs, then its sides        a < b \le c        SAME, as an interval where it is one
+#     set                      its items                        \{1,2\}            same_sets
+#     where                    its conditions                   \{x \mid x>2\}     same_sets
+#     \cup \cap \setminus      two                              [0,1]\cup[2,3]     same_sets
+#     relation                 its signs, then its sides        a < b \le c        SAME, meant or same_sets
 #     matrix                   rows, of the kind row            \begin{pmatrix}…   SAME
 #     based                    the number, the base             1011_2             SAME
 
-FUNCTIONS = set("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh log ln lg exp".split())
+FUNCTIONS = set("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh arcsinh arccosh arctanh "
+                "log ln lg exp".split())
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
-            "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split())
+            "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar iota min max angle "
+            "triangle".split())
 TOKEN = re.compile(
     r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+"  # 1,234.5   8.7e8   .5
-    r"|\\(?:begin|end)\{(?:[pbv]?matrix|smallmatrix|array)\}|\\\\|\\[a-zA-Z]+|\\[{}|]"
-    r"|arc(?:sin|cos|tan)|sinh?|cosh?|tanh?|sec|csc|cot|log|ln|exp|sqrt|pi|infinity|inf"
+    r"|\\(?:begin|end)\{(?:[pbv]?matrix|smallmatrix|array)\}"
+    r"|\\(?:overline|vec|hat|bar|widehat|overrightarrow|math\w+|boldsymbol)\s*\{\w+\}"
+    r"|\\\\|\\[a-zA-Z]+|\\[{}|]"
+    r"|arc(?:sin|cos|tan)h?|sinh?|cosh?|tanh?|sec|csc|cot|log|ln|exp|sqrt|pi|infinity|inf"
     r"|<=|>=|!=|\*\*|\S")
-SYNONYMS = {  # a token, as the parser knows it: how else it is written
-    "infinity": "\\infty inf", "\\infinity": "\\inf", "\\emptyset": "\\varnothing", ",": ";",
-    "*": "\\cdot \\times", "/": "\\div", "^": "**", "<": "\\lt", ">": "\\gt", "!=": "\\ne \\neq", "∈": "\\in",
-    "<=": "\\le \\leq \\leqslant", ">=": "\\ge \\geq \\geqslant",
-    **{name: "\\" + name for name in (*FUNCTIONS, *GREEK, "pi")},
-}
-TOKENS = {name: token for token, names in SYNONYMS.items() for name in names.split()}
-BARS = {"|": "|", "\\lvert": "\\rvert", "\\|": "\\|"}
-FACTORS = "( { [ \\frac \\sqrt \\binom".split()  # what starts one, beside letters and digits
-RELATIONS = "= < > <= >= != ∈".split()
+TOKENS = {  # how else a token is written: the token, as the parser knows it
+    name: token for token, *names in map(str.split, r"""infinity \infty inf
+\infinity \inf
+\emptyset \varnothing
+, ;
+* \cdot \times
+/ \div :
+^ **
+| \lvert \rvert \vert \|
+< \lt
+> \gt
+!= \ne \neq
+<= \le \leq \leqslant
+>= \ge \geq \geqslant
+= \approx
+∈ \in""".splitlines()) for name in names
+} | {"\\" + name: name for name in (*FUNCTIONS, *GREEK, "pi")}
 ZERO, INFINITY = ("number", Fraction(0)), ("variable", "infinity")
 
 
-def tokens_of(text):
-    """1,234 is a number, but (1,234) is a pair and 1,23 a list."""
-    tokens, brackets = [], 0
+def tokens_of(text, bound):
+    """1,234 is a number, but (1,234) is a pair and 1,23 a list. A bound letter may have any name, so it is an iota."""
+    tokens, brackets, names = [], 0, {**TOKENS, bound and bound[1]: "iota"}
     for token in TOKEN.findall(text):
         brackets += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
         if "," in token[1:]:
             tokens += re.split("(,)", token) if brackets else [token.replace(",", "")]
         else:
-            tokens.append(TOKENS.get(token, token))
+            tokens.append(names.get(token, token))
     return tokens
 
 
 class Parser:
     r"""Recursive descent: each rule of the grammar is a method. […] may be missing, {…} may come any number of times.
 
-        items     relation {"," relation}                     one with ± in it counts twice, with + and with -
+        items     relation {"," relation}                     one with ± in it counts once for each choice of signs
         relation  sum {("=" | "<" | "<=" | "∈" | …) sum}
         sum       ["+" | "-" | "±"] product {("+" | "-" | "±" | "∪" | "∩" | "∖") product}
         product   power {("*" | "/") ["-"] power | power}     2x is a product, 1\frac12 and 3 1/2 are mixed numbers
@@ -464,17 +531,17 @@ class Parser:
         argument  atom                                        of a number only the first digit: \frac12 is 1/2
         atom      number | bracket | function | matrix | symbol
         number    digits ["_" argument]                       1011_2 is a number to the base 2
-        bracket   ("(" | "[" | "{" | "\{") items (")" | "]" | "}" | "\}")
+        bracket   ("(" | "[" | "{" | "\{" ["\mid"]) items (")" | "]" | "}" | "\}")
         function  name {"^" ["-"] argument | "_" argument} (bracket | product)
         matrix    \begin{…} relation {("&" | "\\") relation} \end{…}
         symbol    \frac argument argument | \sqrt ["[" sum "]"] argument | "|" sum "|" | name ["_" argument] | …
     """
 
-    def __init__(self, text):
-        self.tokens = [*tokens_of(text), ""]  # "" is the end
+    def __init__(self, text, bound):
+        self.tokens = [*tokens_of(text, bound), ""]  # "" is the end
         self.place = self.depth = 0
-        # is ± a minus and ∓ a plus in this pass over a relation? was there one of them in it?
-        self.flipped = self.saw_sign = False
+        # a bit for each ± of a relation that is a minus in this pass over it; how many there were; relations so far
+        self.flipped = self.signs = self.passes = 0
 
     @property
     def next(self):
@@ -502,34 +569,43 @@ class Parser:
 
     def items(self, double=True):
         """A ± in a set doubles the member, a ± in a tuple doubles the tuple: (1, ±2) is (1, 2), (1, -2)."""
-        items, outer = [], (self.flipped, self.saw_sign)
+        items, outer = [], (self.flipped, self.signs)
         while not items or self.take(","):
             start = self.place
             if double:
-                self.flipped = self.saw_sign = False
+                self.flipped = self.signs = 0
             items.append(self.relation())
-            if double and self.saw_sign:  # once more from its start
-                self.place, self.flipped = start, True
+            while double and self.flipped + 1 < 2**self.signs:  # once more from its start
+                self.place, self.signs, self.flipped = start, 0, self.flipped + 1
                 items.append(self.relation())
-            if len(items) > MOST_ITEMS:
-                raise Unreadable(f"more than {MOST_ITEMS} items")
         if double:
-            self.flipped, self.saw_sign = outer
+            self.flipped, self.signs = outer
         return items
 
     def relation(self):
+        self.passes += 1
+        if self.passes > MOST_ITEMS:
+            raise Unreadable(f"more than {MOST_ITEMS} items")
         sides, signs = [self.sum()], ()
-        while sign := self.take(*RELATIONS):
+        while sign := self.take(*"= < > <= >= != ∈".split()):
             signs += (sign,)
             sides.append(self.sum())
+        if signs and set(signs) <= {">", ">="}:  # it is written from left to right
+            signs, sides = tuple(sign.replace(">", "<") for sign in reversed(signs)), sides[::-1]
+        if {*signs} == {"="}:
+            signs = ("=",)
+        if signs == ("∈",) and is_label(sides[0]):
+            return sides[1]
         return ("relation", signs, *sides) if signs else sides[0]
 
     def sum(self):
         tree = ZERO if self.next in ("+", "-", "\\pm", "\\mp") else self.product()
         while sign := self.take("+", "-", "\\pm", "\\mp", "\\cup", "\\cap", "\\setminus"):
             if sign in ("\\pm", "\\mp"):
-                self.saw_sign = True
-                sign = "+" if (sign == "\\mp") == self.flipped else "-"
+                # each ± goes its own way, but where there is a ∓, all go together
+                place = 0 if "\\mp" in self.tokens else self.signs
+                self.signs = place + 1
+                sign = "+" if (sign == "\\mp") == self.flipped >> place & 1 else "-"
             tree = (sign, tree, self.product())
         return tree
 
@@ -552,7 +628,7 @@ class Parser:
                 tree = ("+" if mixed else "*", tree, factor)
 
     def starts_factor(self):
-        return self.next[:1].isalnum() or self.next in FACTORS
+        return self.next[:1].isalnum() or self.next in "( { [ \\frac \\sqrt \\binom \\lfloor \\lceil".split()
 
     def signed(self, rule, *harmless):
         """2*-3, 2^-3: a minus where the grammar has no sum."""
@@ -605,13 +681,14 @@ class Parser:
 
     def bracket(self, opened):
         self.depth += 2  # brackets weigh more: each set in a set can double the work, by a ±
+        kind = "where" if self.take("\\mid") else "set"
         items = [] if opened + self.next == "\\{\\}" else self.items(double=opened == "\\{")
         self.depth -= 2
         both = opened + self.take()
         if both in ("{}", "()") and len(items) == 1:
             return items[0]
         if both == "\\{\\}":
-            return ("set", *items)
+            return (kind, *items)
         if both in ("()", "(]", "[)", "[]"):
             return ("tuple", both, *items)
         raise Unreadable(f"{both!r} do not belong together")
@@ -626,20 +703,17 @@ class Parser:
                 degree = self.sum()
                 self.expect("]")
             return ("root", self.argument(), degree)
-        if token in BARS:
+        if token in "| \\lfloor \\lceil".split():
             tree = self.sum()
-            self.expect(BARS[token])
-            return ("abs", tree)
+            self.expect(token.replace("\\l", "\\r"))
+            return token[2:] or "abs", tree
         if name == "pi":
             return ("pi",)
         if name == "infinity":
             return INFINITY
         if name == "emptyset":
             return ("set",)
-        if name == "mathbb" and self.take("{"):
-            name = "set of " + self.take()
-            self.expect("}")
-        elif not (re.fullmatch("[a-zA-Z]", name) or name in GREEK):
+        if not (re.fullmatch("[a-zA-Z]", name) or name in GREEK or "{" in token):
             raise Unreadable(f"{token!r} is not known")
         if self.take("_"):
             index = self.argument()
@@ -679,6 +753,8 @@ class Parser:
             rows.append(row)
             if self.next != end:
                 self.expect("\\\\")
+        if {*map(len, rows)} == {2}:  # a column
+            return ("tuple", "()", *[row[1] for row in rows])
         return ("matrix", *rows)
 
 
@@ -687,8 +763,11 @@ class Parser:
 
 
 def same_items(some, others):
-    """Lists of solutions are equal in any order."""
+    """Lists of solutions are equal in any order, but p = 2, q = 3 is 2, 3 or (2, 3) in this one."""
     some, others = solutions(some, others), solutions(others, some)
+    names = named(some), named(others)
+    if min(names) < 1 < max(names):
+        some, others = in_order(some), in_order(others)
     if len(some) != len(others):
         return False
     left = list(others)
@@ -703,30 +782,49 @@ def same_items(some, others):
 
 
 def solutions(items, others):
-    r"""\{1, 2\} is the list 1, 2. Where the other side says x < 1 or x > 2, a union is the list of its parts."""
+    r"""\{1, 2\} is the list 1, 2, and (p, q) = (2, 3) the list p = 2, q = 3. x < 1, x > 2 is one set of numbers."""
     match items:
         case [("set", *members)]:
             return members
-        case [union] if len(others) > 1 and all(tree[0] == "relation" for tree in others):
-            return parts(union)
+        case [("relation", ("=",), ("tuple", "()", *names), ("tuple", "()", *numbers))] if len(others) > 1:
+            return [("relation", ("=",), *pair) for pair in zip(names, numbers)]
+        case [_, _, *_] if {tree[0] for tree in items} == {"relation"} and {
+                tree[1] for tree in items} != {("=",)} and len(variables(("where", *items))) == 1:
+            return [("where", *items)]
     return items
+
+
+def named(items):
+    """Of how many names does a list say what they are?"""
+    return len({tree[2] for tree in items if tree[:2] == ("relation", ("=",)) and is_label(tree[2])})
+
+
+def in_order(items):
+    """As one tuple: by the alphabet if letters name its parts, else as it is written."""
+    if named(items):
+        items = sorted(items, key=lambda tree: tree[2][1] * (len(tree[2]) == 2))
+    return [("tuple", "()", *(meant(tree)[-1] for tree in items))] if len(items) > 1 else items
 
 
 def same(one, other):
     """Do two trees mean the same?"""
-    one, other = interval(one), interval(other)
-    if (one[0] == "relation") != (other[0] == "relation"):
-        one, other = right_side(one), right_side(other)
-    if one[0] in SAME or other[0] in SAME:
-        return one[0] == other[0] and SAME[one[0]](one, other)
+    kinds = {one[0], other[0]}
+    if kinds > {"relation"} and ("=",) in one[1:2] + other[1:2]:
+        return any(same(a, b) for a in meant(one) for b in meant(other) if (a, b) != (one, other))
+    if kinds & SETS.keys() or kinds > {"relation"}:
+        return same_sets(one, other)
+    if kinds & SAME.keys():
+        return len(kinds) == 1 and SAME[one[0]](one, other)
     # two formulas are the same if they have the same variables and the same values
-    names = variables(one)
-    if names != variables(other):
+    names, others = variables(one), variables(other)
+    renamed = names ^ others
+    if renamed and (len(renamed) != 2 or "iota" not in renamed):
         return False
     if names:
-        return all(near(*pair) for pair in at_points(one, other, names))
+        return all(near(*pair) for pair in at_points(one, other, names & others, renamed))
     a, b = alike(value(one), value(other))
-    return near(a, b, TOLERANCE[type(a)], least=0) or rounded(one, a, b) or rounded(other, b, a)
+    # of a sine that is 0, rounding leaves a little
+    return near(a, b, PART[type(a)], least=type(a) is complex and 0.1) or rounded(one, other) or rounded(other, one)
 
 
 def same_parts(one, other):
@@ -734,72 +832,96 @@ def same_parts(one, other):
 
 
 def same_relations(one, other):
-    if one[1] != other[1]:
-        return False
-    if same_parts(one[1:], other[1:]):
-        return True
     names = variables(one)
-    if one[1] != ("=",) or not names or names != variables(other):
-        return False
-    # 4x + 2y = 6 is 3 = y + 2x: the differences of their sides are in proportion, a / b is the same at every point
-    pairs = [*at_points(("-", *one[2:]), ("-", *other[2:]), names)]
-    first, second = pairs[0]
-    # 0 = 0 is in proportion to nothing
-    return all(near(a * second, b * first) for a, b in pairs) and any(abs(a) > 1e-6 for a, _ in pairs)
+    if one[1] == other[1] and names == variables(other):
+        if same_parts(one[1:], other[1:]):
+            return True
+        # 4x + 2y = 6 is 3 = y + 2x: the differences of their sides are in proportion, a / b is the same at every point
+        pairs = [*at_points(("-", *one[2:]), ("-", *other[2:]), names)] if names else [(0, 1)]
+        first, second = pairs[0]
+        # 0 = 0 is in proportion to nothing; and x < 1 is not x > 1
+        if all(near(a * second, b * first) for a, b in pairs) and any(abs(a) > 1e-6 for a, _ in pairs) and (
+                one[1] == ("=",) or first.real * second.real > 0):
+            return True
+    return ("=",) not in (one[1], other[1]) and len(names) == 1 and same_sets(one, other)
 
 
 SAME = {  # a kind of tree without a value: when are two of them the same?
-    "set": lambda one, other: same_items(one[1:], other[1:]),
     # the brackets count: (0,1) is not [0,1]
     "tuple": lambda one, other: one[1] == other[1] and same_parts(one[1:], other[1:]),
     "matrix": same_parts,
     "row": same_parts,
     "relation": same_relations,
     "based": operator.eq,
-    **dict.fromkeys(("\\cup", "\\cap"), lambda one, other: same_items(parts(one), parts(other))),
-    "\\setminus": same_parts,
 }
+SETS = {  # a set of numbers: which of some points are in it, from those that are in its members
+    "\\cup": set.union, "\\cap": set.intersection, "\\setminus": set.difference, "set": set.union,
+    # conditions hold together, x > 0, x ≠ 1, or, if they never can, one of them holds: x < 0, x > 1
+    "where": lambda *members: set.intersection(*members) or set.union(*members),
+}
+HOLDS = {"<": operator.lt, "<=": operator.le, "=": operator.eq, "!=": operator.ne}
 
 
-def parts(union):
-    return parts(union[1]) + parts(union[2]) if union[0] in ("\\cup", "\\cap") else [interval(union)]
+def same_sets(one, other):
+    """By their members; or by the numbers at which they begin and end, and one between each two of these."""
+    if one[0] == other[0] == "set":
+        return same_items(one[1:], other[1:])
+    # a letter is some number, and infinity a large one
+    env = CONSTANTS | {name: 1.618 + n for n, name in enumerate(sorted(variables(one) | variables(other)))}
+    env["infinity"] = 1e12
+    ends = {-1e12, 1e12}
+
+    def inside(tree, points):
+        """Those of the points that are in a set of numbers."""
+        kind, *members = tree
+        if kind in SETS:
+            return SETS[kind](*(inside(member, points) for member in members))
+        signs, name, label = ["="], 0, INFINITY  # a number is what is = it
+        if kind == "relation":
+            signs, *members = members
+            names = [*map(is_label, members)]
+            name = names[1] or names.index(True)  # the y of a < y < b
+            label = members.pop(name)
+        elif kind == "tuple":
+            brackets, low, high = members  # low < x <= high
+            signs, members, name = ["<" if bracket in "()" else "<=" for bracket in brackets], [low, high], 1
+        else:
+            members = [tree]
+        # f(1) < f(2) < f(3) is no set of numbers
+        numbers = [round(complex(value(end, env if label[0] == "variable" else CONSTANTS)).real, 9) for end in members]
+        ends.update(numbers)
+        return {x for x in points if all(
+            HOLDS[sign](*pair) for sign, pair in zip(signs, pairwise([*numbers[:name], x, *numbers[name:]])))}
+
+    inside(one, ()), inside(other, ())  # they collect the ends
+    points = {(a + b) / 2 for a, b in pairwise(sorted(ends))} | ends - {-1e12, 1e12}
+    return inside(one, points) == inside(other, points) != set()
 
 
-BRACKETS = {"< <": "()", "< <=": "(]", "<= <": "[)", "<= <=": "[]"}  # by the signs left and right of a name
+def is_label(tree):
+    """A name for what stands on the other side of the sign: x, f(2), |PQ|, (p, q), A : B."""
+    match tree:
+        case ("variable", _):
+            return tree != INFINITY
+        case ("*" | "/" as sign, one, other):
+            return is_label(one) and (is_label(other) or sign == "*" and other[0] in ("tuple", "number", "relation"))
+        case ("abs", ("*", *_) as other):
+            return is_label(other)
+        case ("tuple", _, *names):
+            return all(map(is_label, names))
+    return False
 
 
-def interval(tree):
-    """-1 < x ≤ 3 is (-1, 3], x > 5 is (5, ∞), x ∈ S is S. Any other tree stays as it is."""
-    if tree[0] != "relation":
-        return tree
-    _, signs, *sides = tree
-    if signs == ("∈",) and sides[0][0] == "variable":
-        return interval(sides[1])
-    if set(signs) <= {">", ">="}:
-        signs, sides = [sign.replace(">", "<") for sign in reversed(signs)], sides[::-1]
-    if is_name(sides[0]):
-        signs, sides = ["<", *signs], [("-", ZERO, INFINITY), *sides]
-    elif is_name(sides[-1]):
-        signs, sides = [*signs, "<"], [*sides, INFINITY]
-    brackets = BRACKETS.get(" ".join(signs))
-    if not brackets or [*map(is_name, sides)] != [False, True, False]:
-        return tree
-    return ("tuple", brackets, sides[0], sides[2])
-
-
-def is_name(tree):
-    return tree[0] == "variable" and tree != INFINITY
-
-
-def right_side(tree):
-    """5 of x = 5, 2x of f(x) = 2x, (1, 2) of (x, y) = (1, 2). Any other tree stays as it is."""
-    if tree[0] == "relation" and set(tree[1]) == {"="}:
-        match tree[2]:
-            case ("variable", _) | ("*", ("variable", _), ("variable" | "tuple", *_)):
-                return tree[-1]
-            case ("tuple", _, *names) if all(name[0] == "variable" for name in names):
-                return tree[-1]
-    return tree
+def meant(tree):
+    """5 of x = 5, 2x of f(x) = 2x, 9 of A = 3 * 3 = 9; √5 and 2.236 of √5 ≈ 2.236. Any other tree stays as it is."""
+    if tree[:2] == ("relation", ("=",)):
+        named = is_label(tree[2])
+        sides = tree[2 + named :]
+        if all(same(a, b) or rounded(b, a, 1) for a, b in pairwise(sides)):
+            return sides
+        if named:
+            return sides[-1:]
+    return (tree,)
 
 
 def variables(tree):
@@ -811,10 +933,10 @@ def variables(tree):
     return set()
 
 
-def at_points(one, other, names):
-    """The values of two formulas at five points."""
+def at_points(one, other, names, renamed=()):
+    """The values of two formulas at five points; the renamed letters stand for the same number."""
     for point in POINTS:
-        env = CONSTANTS | dict(zip(sorted(names), point))
+        env = CONSTANTS | dict(zip(sorted(names), point)) | dict.fromkeys(renamed, point[-1])
         yield complex(value(one, env)), complex(value(other, env))
 
 
@@ -823,26 +945,30 @@ def near(a, b, part=1e-9, least=1e-6):
     return abs(a - b) <= part * max(abs(a), abs(b), least)
 
 
-def rounded(tree, number, exact):
+def rounded(tree, exact, digits=4):
     """0.3333 agrees with 1/3, and 1.414 with √2: a decimal of at least four digits, rounded rightly.
 
     This holds only for numbers that no decimal can write: 0.3333 and 0.33334 are two different numbers.
     """
-    while tree[:2] == ("-", ZERO):
-        tree = tree[2]
-    if tree[0] != "number" or len(tree) < 3 or len(tree[2].replace(".", "").lstrip("0")) < 4:
+    size = tree
+    while size[:2] == ("-", ZERO):
+        size = size[2]
+    if size[0] != "number" or len(size) < 3 or len(size[2].replace(".", "").lstrip("0")) < digits or variables(exact):
         return False
+    exact = value(exact)
     if isinstance(exact, Fraction) and pow(10, BITS, exact.denominator) == 0:  # a decimal can write it: 1/8
         return False
-    return abs(number - exact) <= Fraction(1, 2 * 10 ** len(tree[2].partition(".")[2]))
+    number, exact = alike(value(tree), exact)
+    return abs(number - exact) <= Fraction(1, 2 * 10 ** len(size[2].partition(".")[2]))
 
 
 CONSTANTS = {"e": Decimal("2.718281828459045235360287471352662497757247093699959574966967627724077"), "i": 1j}
 PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592307816")
 # five points: a positive number for each variable, which no formula is likely to single out
 POINTS = [[complex(rng.uniform(0.3, 2.5)) for _ in range(LONGEST)] for rng in map(random.Random, range(5))]
+SCALES = {"%": "1/100", "degree": r"\pi/180"}  # units that are numbers
 # a part of the larger one, by which two equal numbers may differ
-TOLERANCE = {Fraction: 0, Decimal: Decimal("1e-40"), complex: 1e-12}
+PART = {Fraction: 0, Decimal: Decimal("1e-40"), complex: 1e-12}
 
 
 def value(tree, env=CONSTANTS):
@@ -859,7 +985,7 @@ def value(tree, env=CONSTANTS):
     if kind not in OPERATIONS:
         raise Unreadable(f"no value: {kind}")
     numbers = alike(*map(value, members, repeat(env)))
-    if kind in FUNCTIONS and abs(numbers[0]) > 1e6:
+    if kind in FUNCTIONS and "l" not in kind and abs(numbers[0]) > 1e6:
         raise Unreadable(f"{kind} of a number beyond a million")
     number = OPERATIONS[kind](*numbers)
     fits = bits(number) <= BITS if isinstance(number, Fraction) else number == 0 or 1e-300 < abs(number) < 1e300
@@ -911,20 +1037,25 @@ def logarithm(function, otherwise):
     return lambda x: otherwise(x) if isinstance(x, complex) or x <= 0 else function(decimal(x))
 
 
-def whole(x):
+def factorial(x):
+    if isinstance(x, complex) and not x.imag:  # of a letter
+        return math.gamma(x.real + 1)
     n = int(x.real)
     if x != n or not 0 <= n <= FACTORIAL:
         raise Unreadable(f"a factorial or binomial of {x}")
-    return n
+    return Fraction(math.factorial(n))
 
 
 OPERATIONS = {  # a kind of tree with a value: how it follows from the values of its members
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power, "root": root,
-    "!": lambda n: Fraction(math.factorial(whole(n))), "binom": lambda n, k: Fraction(math.comb(whole(n), whole(k))),
+    "!": factorial, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
     "pi": lambda: PI, "abs": abs,
+    # of letters: any two functions that no formula is likely to name, for two steps may agree at all points
+    "floor": lambda x: cmath.exp(1.1 * x) if isinstance(x, complex) else Fraction(math.floor(x)),
+    "ceil": lambda x: cmath.exp(1.2 * x) if isinstance(x, complex) else Fraction(math.ceil(x)),
     # cmath calls arcsin asin
     **{name: getattr(cmath, name.replace("arc", "a"))
-       for name in "sin cos tan sinh cosh tanh arcsin arccos arctan".split()},
+       for name in "sin cos tan sinh cosh tanh arcsin arccos arctan arcsinh arccosh arctanh".split()},
     "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x),
     **dict.fromkeys(("log", "ln"), logarithm(Decimal.ln, cmath.log)), "lg": logarithm(Decimal.log10, cmath.log10),
     "exp": lambda x: cmath.exp(x) if isinstance(x, complex) else decimal(x).exp(),
