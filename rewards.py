@@ -339,6 +339,8 @@ $ ← \$ ←
 frac ← \\frac\s*(\d)(\d)(?=\d) ← \\frac{\1}{\2} ← \frac123 is \frac{1}{2}3
 boxed ← \\f?boxed\s*\{ ← { ← a box in a box
 ,0 ← ^([-+]?\d+),(?=0\d+(?![\d.,]))(?!\d{3}(?!\d)) ← \1. ← 0,05 is no list
+math ← \\in\s*\\math(?:bf|rm)\s*\{([RZNQ])\} ← \\in \\mathbb{\1}
+choose ← \{([^{}]*)\\choose([^{}]*)\}|^([^{}]*)\\choose([^{}]*)$ ← \\binom{\1\3}{\2\4}
 { ← \\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname)\s*\{([^{}]*)\} ← \001\1\002
  ← (?<![\d.,])(\d{1,3}) (?=(?:\d{3} )*\d{3}(?![\d/])) ← \1 ← 10 000
 p ← \s*\001?\s*\b(?:per ?cent(?:age)?|pct)\b\s*\002? ← %
@@ -378,9 +380,10 @@ or ← \001?\s*\bor\b\s*\002? ← ,
 ]
 # a condition that takes nothing from the answer before it; there, and in f(x) = …, a letter that may have any name
 TAIL = re.compile(
-    r"(?<=[\w)}\]\x02'!])[\s,;(]*(?:[,;(]|\s\x01?\s*(?:where|with|for)\b[^=<>\d\\]*?|\\forall)\s*\x02?\s*"
-    r"(?:([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?|[a-zA-Z]\s*\\in\s*(?:\(-\\infty,\\infty\)|R))\s*\x02?\s*\)?$"
-    r"|(?<=[\w)}\]\x02'!])[\s,;(]*\x01?\s*\b(?:where|for (?:all|any|some|every|each))\b[^=<>\d\\]*$")
+    r"(?<=[\w)}\]\x02'!])(?:"
+    r"(?:[\s,;(\x01]+(?:where|with|for)\b[^=<>\d\\]*?|[\s,;(\x01]*[,;(]|[\s,;(\x01]*\\forall)\s*\x02?\s*"
+    r"(?:([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?|[a-zA-Z]\s*\\in\s*(?:\(-\\infty,\\infty\)|R))[\s\x02)]*"
+    r"|[\s,;(\x01]+(?:where|for (?:all|any|some|every|each))\b[^=<>\d\\]*)$")
 HEAD = re.compile(r"\s*[a-zA-Z](?:_\{?-?\w\}?|')*\s*\(\s*([a-z])\s*\)\s*=(?=.*\1)")
 MONEY = {"\x04": "dollar", "€": "euro", "£": "lb"}
 UNITS = dict(unit.split(": ") for unit in (  # a unit: its other names
@@ -419,7 +422,7 @@ def read(text):
     plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare)
     plain = re.sub(r"\{([a-zA-Z0-9])\}", r"\1", plain)  # x_{5} is x_5
     items, trouble = [], ""
-    if re.fullmatch(r"[(\s\x01]+[A-Za-z][)\s\x02]+|[a-dA-D]", text):
+    if re.fullmatch(r"[(\s\x01]+[A-Za-z][)\s\x02]+|[a-dA-D]\)?", text):
         plain = plain.strip("()").upper()  # the letter of a choice
     elif not re.search(r"[\d\\^_=<>+*/|]", text) and WORD.search(text):
         plain, trouble = plain.casefold(), "it is words"
@@ -428,8 +431,8 @@ def read(text):
             items = Parser(bare, bound or HEAD.match(bare)).everything()
         except REFUSALS as error:
             trouble = str(error)
-            if WORD.search(text):
-                plain = plain.casefold()
+    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z][a-z]{3}|\x01\s*[a-zA-Z]{2}", text):
+        plain = plain.casefold()
     return Reading(plain, items, unit, trouble)
 
 
@@ -688,7 +691,7 @@ class Parser:
         if both in ("{}", "()") and len(items) == 1:
             return items[0]
         if both == "\\{\\}":
-            return (kind, *items)
+            return kind, *items
         if both in ("()", "(]", "[)", "[]"):
             return ("tuple", both, *items)
         raise Unreadable(f"{both!r} do not belong together")
