@@ -631,6 +631,8 @@ class Parser:
                 tree = ("+" if mixed else "*", tree, factor)
 
     def starts_factor(self):
+        if "{" in self.next:  # \vec{a}
+            return "\\end" not in self.next
         return self.next[:1].isalnum() or self.next in "( { [ \\frac \\sqrt \\binom \\lfloor \\lceil".split()
 
     def signed(self, rule, *harmless):
@@ -879,19 +881,18 @@ def same_sets(one, other):
         kind, *members = tree
         if kind in SETS:
             return SETS[kind](*(inside(member, points) for member in members))
-        signs, name, label = ["="], 0, INFINITY  # a number is what is = it
+        signs, name = ["="], 0  # a number is what is = it
         if kind == "relation":
             signs, *members = members
             names = [*map(is_label, members)]
             name = names[1] or names.index(True)  # the y of a < y < b
-            label = members.pop(name)
+            del members[name]
         elif kind == "tuple":
             brackets, low, high = members  # low < x <= high
             signs, members, name = ["<" if bracket in "()" else "<=" for bracket in brackets], [low, high], 1
         else:
             members = [tree]
-        # f(1) < f(2) < f(3) is no set of numbers
-        numbers = [round(complex(value(end, env if label[0] == "variable" else CONSTANTS)).real, 9) for end in members]
+        numbers = [round(complex(value(member, env)).real, 9) for member in members]
         ends.update(numbers)
         return {x for x in points if all(
             HOLDS[sign](*pair) for sign, pair in zip(signs, pairwise([*numbers[:name], x, *numbers[name:]])))}

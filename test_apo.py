@@ -2181,7 +2181,7 @@ EQUAL = [  # both ways round
     ("PV = nRT", "nRT = PV"),
     (r"f'(x)", r"f^{\prime}(x)"),
     (r"\frac{\hbar}{2}\sqrt{\frac{\ell}{g}}", r"0.5\hbar\sqrt{\ell/g}"),
-    (r"\overline{AB}+\vec{c}", r"\vec{c}+\overline{AB}"),
+    (r"\overline{AB}+2\vec{c}", r"\vec{c}\cdot2+\overline{AB}"),
     # factorials, steps and functions of letters
     (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
     (r"{n \choose 2}", r"\binom{n}{2}"),
@@ -2366,6 +2366,10 @@ DIFFERENT = [  # both ways round
     ("2<x^2<3", "(2,3)"),
     ("f(2)<f(1)<f(4)", "f(2)<f(3)<f(4)"),
     (r"y \in [a,b]", r"a < y \le b"),
+    (r"y \in [a,b]", r"b \le y \le a"),
+    (r"7+x \in [-2,7]", r"x \in [-2,7]"),
+    ("3<x<2", "(2,1)"),
+    (r"(\{(1,3),(2,4)\}, 5)", r"(\{(1,4),(2,3)\}, 5)"),
     ("-x<-5", "x<5"),
     ("-x<-5", "x>-5"),
     (r"-x+2y \ge 3", r"x-2y \ge -3"),
@@ -2431,6 +2435,7 @@ DIFFERENT = [  # both ways round
     (r"(\pm1, \mp1)", "(1,1),(-1,-1)"),
     # other numbers
     (r"12\%", "13 percent"),
+    (r"50\%", r"0.5\%"),
     ("10 00", "1000"),
     ("3,14", "3.14"),
     ("(2,04)", "2.04"),
