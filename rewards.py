@@ -908,7 +908,9 @@ def is_label(tree):
         case ("variable", _):
             return tree != INFINITY
         case ("*" | "/" as sign, one, other):
-            return is_label(one) and (is_label(other) or sign == "*" and other[0] in ("tuple", "number", "relation"))
+            if other[0] == "number":  # f(2) has a name; x(2) is x times 2
+                return sign == "*" and is_label(one) and one[1] not in [*"abcdkmnrtuvwxyz"]
+            return is_label(one) and (is_label(other) or sign == "*" and other[0] in ("tuple", "relation"))
         case ("abs", ("*", *_) as other):
             return is_label(other)
         case ("tuple", _, *names):

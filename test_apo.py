@@ -580,10 +580,10 @@ def test_summary_warns():
     assert "too small for β1" in vstar.summary([row(r["rewards"][3:5]) for r in mixed[4:5]], 0.25)
     assert "too small for β1" in vstar.summary([row(r["rewards"][:1]) for r in mixed], 0.5)
     many = [dict(row([0.0] * 8), id=str(i), answer=r"\frac12", finished=[False] + [True] * 7,
-                 responses=["cut"] + [r"so \boxed{3 of them}" if i else "so 3"] * 7) for i in range(31)]
+                 responses=["cut"] + [r"so \boxed{see )(}" if i else "so 3"] * 7) for i in range(31)]
     read = vstar.summary(many, 0.5).split("── ")[1:]
     assert [text.split(",")[0] for text in read] == ["0", "10", "20"]
-    assert r"no \boxed{} and no ####" in read[0] and "'3ofthem' it has words in it; the gold" in read[1]
+    assert r"no \boxed{} and no ####" in read[0] and "'see)(' it is words; the gold" in read[1]
     assert "so 3" in read[0] and "cut" not in read[0]
     own = vstar.summary(many, 0.5, own="mine.py:judge").split("── ")
     assert len(own) == 4 and "read by mine.py:judge" in own[1] and "####" not in own[1]
@@ -1852,6 +1852,7 @@ RIGHT = [
 WRONG = [
     (r"\boxed{(1,2,3]}", "(1,2,3)"),  # brackets count wherever they do more than group
     (r"\boxed{[1,2,3]}", "(1,2,3)"),
+    (r"\boxed{x \cdot 2 = 6}", "6"),  # no f(2)
     (r"\boxed{[1,2,3)}", "[1,2,3]"),
     # no answer where one is looked for
     ("72", "72"),
