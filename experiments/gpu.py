@@ -56,7 +56,7 @@ def main():
         return one(args)
     found = {}
     for part in PARTS:
-        found[part] = finished(args, part) or start(args, part)
+        found[part] = finished(args, part) or why_not(args, part) or start(args, part)
         print(line(part, found[part]), flush=True)
     if all("accuracy" in found[part] for part in ("bf16", "fp32")):
         found["difference"] = difference(found["bf16"], found["fp32"])
@@ -78,6 +78,15 @@ def finished(args, part):
     return result if result and "skipped" not in result else None
 
 
+def why_not(args, part):
+    """What a part lacks on this machine. (Whether it has room, and a run to go on with, it sees for itself.)"""
+    if not GPU and not args.toy:
+        return dict(skipped="no CUDA GPU (--toy runs every part at toy size on a CPU)")
+    if part == "vllm":
+        found, why = vstar.pick_engine("auto")
+        return None if found == part else dict(skipped=why)
+
+
 def start(args, part):
     command = [sys.executable, "-m", __spec__.name, "--part", part, "--out", args.out, *["--toy"] * args.toy]
     with open(args.out / f"{part}.log", "w") as log:
@@ -87,10 +96,7 @@ def start(args, part):
 
 def one(args):
     began = time.perf_counter()
-    if GPU or args.toy:
-        result = PARTS[args.part](args)
-    else:
-        result = dict(skipped="no CUDA GPU (--toy runs every part at toy size on a CPU)")
+    result = PARTS[args.part](args)
     result["part_seconds"] = time.perf_counter() - began
     vstar.write_whole(args.out / f"{args.part}.json", json.dumps(result))
 
@@ -169,10 +175,6 @@ def restart(args):
 
 
 def engine(args, name):
-    if name == "vllm":
-        found, why = vstar.pick_engine("auto")
-        if found != name:
-            return dict(skipped=why)
     flags = [f"--vstar={stage1(args)}", f"--engine={name}", "--dtype=bfloat16", "--lr=3e-3", "--gpu_memory=0.3"]
     settings = train.make_parser(train.APO).parse_args(flags)
     device = vstar.start_process(settings, group=True)
@@ -252,7 +254,7 @@ def algorithm(args, name):
     planned = plan.peak(plan.memory(shape, settings, objective, 1, "GPU" if GPU else None, dtype, prompt + tokens))
     if skipped := room(planned + plan.OVERHEAD):
         return skipped
-    # the embedded world's problems are short: prompts of about 128 tokens are made of them
+    # the embedded world's problems are short: so it is asked with more behind them, about 128 tokens
     phases.child("vstar.py", f"--model={model}", "--data=tiny/train.jsonl", f"--limit={prompts}", "--samples=2",
                  f"--max_new_tokens={tokens}", f"--prompt={{question}}{'1+1=' * 30}", "--engine=transformers",
                  f"--out={out}/vstar.jsonl")

@@ -3,12 +3,16 @@
 import importlib.util
 import json
 import shutil
-from contextlib import chdir
+import signal
+import sys
+from contextlib import chdir, nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
+import rewards
 import train
 import vstar
 from experiments import gpu
@@ -18,14 +22,28 @@ needs_no_gpu = pytest.mark.skipif(gpu.GPU, reason="toy size is meant for a CPU")
 VLLM = ["vllm"] if importlib.util.find_spec("vllm") is None else []  # skipped where it is not installed
 
 
-def toy(out, *more, check=True):
-    return run("-m", "experiments.gpu", f"--out={out}", *more, check=check, CUDA_VISIBLE_DEVICES="")
+def start(out, *more):
+    return run("-m", "experiments.gpu", f"--out={out}", *more, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="module")
 def contact(tmp_path_factory):
+    """All parts but one in this process, which saves their starts; then a start that finds them. → folder, its words"""
     out = tmp_path_factory.mktemp("gpu")
-    return out, toy(out, "--toy").stdout
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, chdir(HERE):
+        patch.setattr(sys, "argv", sys.argv)
+        for module, name in ((rewards, "reward"), (train, "save_checkpoint")):
+            patch.setattr(module, name, getattr(module, name))  # which the four algorithms' parts replace
+        for part in gpu.PARTS:
+            if part not in ["fp32", "vllm"]:
+                gpu.one(SimpleNamespace(out=out, toy=True, part=part))
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    when = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
+    said = start(out, "--toy").stdout
+    assert all(path.stat().st_mtime_ns == time for path, time in when.items())  # what is there is not run again
+    return out, said
 
 
 @whole
@@ -47,20 +65,19 @@ def test_every_part_runs_at_toy_size(contact):
 
 @whole
 @pytest.mark.long
-def test_only_what_is_missing_runs_again(contact, tmp_path):
-    out = shutil.copytree(contact[0], tmp_path / "again")
-    when = lambda folder: {part: (folder / f"{part}.json").stat().st_mtime_ns for part in gpu.PARTS}
-    (out / "decode.json").unlink()
-    before = {**when(contact[0]), "decode": 0}
-    assert toy(out, "--toy").returncode == 0
-    assert {part for part, time in when(out).items() if time != before[part]} == {"decode", *VLLM}
+def test_a_restart_that_forgets_does_not_hold(contact, tmp_path, monkeypatch):
+    out = shutil.copytree(contact[0], tmp_path / "forgot")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(train, "load_checkpoint", lambda *_: None)  # π is π_ref again
+    with chdir(HERE):
+        assert not gpu.restart(SimpleNamespace(out=out, toy=True))["holds"]
 
 
 @whole
 @pytest.mark.long
 @needs_no_gpu
 def test_without_a_gpu_every_part_says_so(tmp_path):
-    said = toy(tmp_path).stdout
+    said = start(tmp_path).stdout
     assert len(said.splitlines()) == len(gpu.PARTS) == said.count("skipped no CUDA GPU")
     assert not (tmp_path / "gpu.json").exists()
 
@@ -71,8 +88,9 @@ def test_without_a_gpu_every_part_says_so(tmp_path):
 def test_an_engine_with_old_weights_does_not_hold(contact, tmp_path, monkeypatch):
     """Its log-probabilities stay those of the first weights."""
     out = shutil.copytree(contact[0], tmp_path / "stale")
+    monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(vstar.TransformersSampler, "holding", lambda self, policy: setattr(
-        self, "model", self.model or train.Policy(gpu.vstar.load_model("tiny/model", None, "bfloat16", "cpu"))) or
+        self, "model", self.model or train.Policy(vstar.load_model("tiny/model", None, "bfloat16", "cpu"))) or
         policy.gathered())
     with chdir(HERE):
         found = gpu.engine(SimpleNamespace(out=out, toy=True), "transformers")
@@ -95,6 +113,40 @@ def test_the_fixed_loop_writes_what_the_engine_writes(attention):
     settings = SimpleNamespace(tokens_per_microbatch=100, temperature=1.0)
     assert gpu.off_the_trainer(settings, model, prompts, tokens, logps) < 1e-5
     assert gpu.off_the_trainer(settings, model, prompts, tokens, [[value - 1 for value in row] for row in logps]) > 0.99
+
+
+class Recorded:
+    """A CUDA graph as far as the loop can tell: what is recorded does not happen, and happens at each replay."""
+
+    replayed = 0
+
+    def __init__(self, *_):
+        pass
+
+    def replay(self):
+        Recorded.replayed += 1
+        Recorded.step()
+
+    def __enter__(self):
+        values = sys._getframe(1).f_locals
+        Recorded.step = staticmethod(values["step"])
+        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+        tensors += [x for layer in values["cache"].layers for x in (layer.keys, layer.values, layer.cumulative_length)]
+        self.kept = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def __exit__(self, *_):
+        for tensor, before in self.kept:
+            tensor.copy_(before)
+
+
+def test_a_recorded_loop_writes_every_token(monkeypatch):
+    for name, fake in dict(Stream=mock.MagicMock(), current_stream=mock.MagicMock(), stream=nullcontext, graph=Recorded,
+                           CUDAGraph=Recorded).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, fake=fake: fake(*given))
+    model, prompts, seeds = small_model(), [[1, 2, 3], [9]], [5, 6]
+    expected = gpu.fixed_loop(model, prompts, seeds, 12, record=False)[:2]
+    assert gpu.fixed_loop(model, prompts, seeds, 12, record=True)[:2] == expected
+    assert Recorded.replayed == 12 - 3  # one token by the prompt's pass, two before the recording
 
 
 def test_accuracies_that_differ_do_not_hold():
