@@ -1304,6 +1304,7 @@ def test_stale_weights_and_a_wrong_reference_are_noticed(capsys):
     good = dict(log_ratio_abs=0.0, mismatch=1e-5, reference_mismatch=1e-5, length=20.0)
     check = lambda step, noise=1e-5, **other: train.check_numbers({**good, **other}, step, noise, args)
     check(0)
+    ends_in_one_line(capsys, lambda: check(0, 0, mismatch=0.05, reference_mismatch=0.05), "old weights")  # at once
     check(5, log_ratio_abs=1.0)  # only at step 0 it must be 0
     check(5, mismatch=9e-4, reference_mismatch=0.3)  # rounding
     ends_in_one_line(capsys, lambda: check(5, mismatch=0.05, reference_mismatch=0.3), "old weights")
@@ -1372,15 +1373,16 @@ def test_filter(choice, kept, monkeypatch, tmp_path):
     assert found[0]["vstar"] == pytest.approx(math.log((1 + math.e) / 2))  # computed again, from the rewards
 
 
-def old_weights(lag):
-    """train.py whose sampler has the policy's weights as they were `lag` steps ago (at the run's start, if fewer)."""
+def old_weights(lag, times):
+    """train.py whose sampler has the policy's weights as they were `lag` steps ago (at the run's start, if fewer), or
+    never had: `times` them."""
     return f"""
 import copy, runpy, vstar
 kept, hold = [], vstar.TransformersSampler.holding
 def holding(self, policy):
     kept.append(copy.deepcopy(policy.state_dict()))
     old = copy.deepcopy(policy)
-    old.load_state_dict(kept[max(0, len(kept) - 1 - {lag})])
+    old.load_state_dict({{name: tensor * {times} for name, tensor in kept[max(0, len(kept) - 1 - {lag})].items()}})
     return hold(self, old)
 vstar.TransformersSampler.holding = holding
 runpy.run_path("train.py", run_name="__main__")
@@ -1388,24 +1390,32 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 @whole
-@pytest.mark.parametrize("lag,steps", [(1, 20), pytest.param(999, 20, marks=pytest.mark.long),
-                                       pytest.param(0, 5, marks=pytest.mark.long)])
-def test_an_engine_with_old_weights_is_noticed(lag, steps, all_rows, tmp_path):
+@pytest.mark.parametrize("lag,times,steps", [(1, 1, 20), (0, 1.1, 5),
+                                             pytest.param(999, 1, 20, marks=pytest.mark.long),
+                                             pytest.param(0, 1, 5, marks=pytest.mark.long)])
+def test_an_engine_with_old_weights_is_noticed(lag, times, steps, all_rows, tmp_path):
     """At a tenth of the embedded world's rate, so that a step moves the policy little."""
     flags = [f"--steps={steps}", "--eval_every=99", "--lr=3e-5", "--batch_size=64", "--eval_limit=8"]
-    done = run("-c", old_weights(lag), *stage2(all_rows, tmp_path, *flags)[1:], check=False)
-    if lag == 0:
+    done = run("-c", old_weights(lag, times), *stage2(all_rows, tmp_path, *flags)[1:], check=False)
+    if (lag, times) == (0, 1):
         assert done.returncode == 0, done.stderr[-2000:]
     else:
         assert done.returncode == 2 and "does it still hold old weights" in done.stderr, done.stderr[-2000:]
 
 
-def test_a_restart_remembers_the_first_mismatch():
-    log = object.__new__(train.Log)
-    log.history = [dict(step=0), dict(step=1, mismatch=0.25), dict(step=2, mismatch=9.0)]
-    assert log.noise(dict(mismatch=7.0)) == 0.25
-    log.history = [dict(step=0)]
-    assert log.noise(dict(mismatch=7.0)) == 7.0
+def test_a_restart_remembers_the_first_mismatch(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    args = SimpleNamespace(out=tmp_path, steps=3, wandb=None)
+    kept = [dict(step=0), dict(step=1, mismatch=0.25), dict(step=2, mismatch=9.0)]
+    train.write_rows(tmp_path / "metrics.jsonl", kept)
+    assert train.Log(SimpleNamespace(args=args), 2).noise == 0.25
+    log = train.Log(SimpleNamespace(args=args), 0)
+    assert log.noise == 0  # before the first step nothing is known, and the tolerance alone counts
+    monkeypatch.setattr(train, "RANK", 1)
+    log(dict(step=0, accuracy=0.5))
+    log(dict(step=1, mismatch=7.0))
+    log(dict(step=2, mismatch=8.0))
+    assert log.noise == 7.0
 
 
 ILL = {

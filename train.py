@@ -148,7 +148,7 @@ def train(run, rows, held_out, start):
         with log.phase("update"):
             set_rate(run.optimizer, step, args)
             numbers = [update(run, *part) for part in minibatches(samples, given, args, objective.passes)]
-            check_numbers(numbers[0], step, log.noise(numbers[0]), args)
+            check_numbers(numbers[0], step, log.noise, args)
 
         # 4. measure, log, save. A signal to stop ends the run after this step, on all processes alike
         done, last, stop = step + 1, step + 1 == args.steps, log.asked_to_stop()
@@ -469,8 +469,7 @@ def read_stage1(args):
         row["rewards"] = row["rewards"][: args.samples]
         row["vstar"] = float(estimate_vstar(row["rewards"], args.beta1))
     if args.filter != "none":
-        least = lambda row: min(row["rewards"]) >= 1 and args.filter == "both"
-        rows = [row for row in rows if max(row["rewards"]) >= 1 and not least(row)]
+        rows = [row for row in rows if max(row["rewards"]) >= 1 and (args.filter != "both" or min(row["rewards"]) < 1)]
         if not rows:
             fail(f"--filter {args.filter} leaves no prompt")
     args.steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
@@ -638,8 +637,8 @@ def batch_metrics(samples):
 def check_numbers(numbers, step, noise, args):
     """What silently ruins runs: π is not π_ref at the start, or the engine samples with other weights than π's.
 
-    `noise` is the mismatch at step 0, where even an engine that never gets new weights has the right ones. A bound that
-    followed later steps would follow the drift, too.
+    `noise` is the mismatch at step 0, where even an engine that never gets new weights has the right ones (at step 0
+    itself: 0, so that the tolerance alone counts). A bound that followed later steps would follow the drift, too.
     """
     tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats per token; bf16 rounds
     off, mismatch = numbers["log_ratio_abs"] / numbers["length"], numbers["mismatch"]
@@ -774,6 +773,8 @@ class Log:
         args = self.args = run.args
         self.run, self.seconds, self.signals, self.told = run, Counter(), [], set()
         self.history = read_metrics(args.out / "metrics.jsonl", start) if RANK == 0 else []
+        # the engine's mismatch at the run's first step, also after a restart; the first process alone has the history
+        self.noise = sum_over_ranks(next((row["mismatch"] for row in self.history if "mismatch" in row), 0.0))
         self.bar = tqdm(range(start, args.steps), "Stage 2", args.steps, initial=start, disable=RANK > 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.signals.append(number))
@@ -790,16 +791,12 @@ class Log:
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - began
 
-    def noise(self, numbers):
-        """The engine's mismatch with the trainer at the run's first step, the same after a restart."""
-        first = next((row["mismatch"] for row in self.history if "mismatch" in row), numbers["mismatch"])
-        return sum_over_ranks(first if RANK == 0 else 0)
-
     def asked_to_stop(self):
         return sum_over_ranks(len(self.signals)) > 0
 
     def __call__(self, row, samples=(), given=None):
         """A row of metrics.jsonl, and what a person sees of it."""
+        self.noise = self.noise or row.get("mismatch", 0.0)
         if RANK > 0:
             return
         if samples:
