@@ -150,7 +150,7 @@ def load_problems(source, split="train", question_field="question", answer_field
         rows, name = file_rows(path), path.stem
     elif source in DATASETS or source.count("/") == 1:
         default = (source, None, None, question_field, answer_field, BOXED)
-        hub_id, config, only_split, question_field, answer_field, template = DATASETS.get(source, default)
+        hub_id, config, only_split, question_field, answer_field, _ = DATASETS.get(source, default)
         rows, name = hub_rows(hub_id, config, only_split or split), f"{source}/{only_split or split}"
     else:
         fail(f"unknown data set {source!r}: give a .jsonl, .json or .parquet file, a hub id (owner/name), "
@@ -161,7 +161,7 @@ def load_problems(source, split="train", question_field="question", answer_field
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:
             fail(f"{where}: the id {key!r} was used before")
-        if source in DATASETS and template is LETTER:
+        if template_of(source) is LETTER:
             question, answer = lettered(row, question, answer)
         # the answer field of GSM8K and MATH holds a whole solution: the gold is its final answer
         gold = ["", *final_answers(answer)][-1] or answer.strip()

@@ -141,10 +141,10 @@ def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
              for chunk, _ in work]
     for index, completions in sampler.stream(asked, args.samples):
         (chunk, path), rows = work[index], []
-        judged = iter(grade(args, tokenizer, [(problem, copy) for problem, copies in zip(chunk, completions)
-                                              for copy in copies]))
-        for problem, copies in zip(chunk, completions):
-            responses, rewards = zip(*(next(judged) for _ in copies))
+        pairs = [(problem, copy) for problem, copies in zip(chunk, completions) for copy in copies]
+        judged = batched(grade(args, tokenizer, pairs), args.samples)
+        for problem, copies, said in zip(chunk, completions, judged):
+            responses, rewards = zip(*said)
             row = {key: value for key, value in problem.items() if key != "tokens"}
             row |= dict(rewards=rewards, vstar=estimate_vstar(rewards, beta1),
                         lengths=[len(copy.tokens) for copy in copies], finished=[copy.finished for copy in copies],
@@ -286,7 +286,7 @@ def grade(args, tokenizer, pairs):
     judge = load_reward(args.reward)
     texts = [tokenizer.decode(completion.tokens, skip_special_tokens=True) for _, completion in pairs]
     if args.reward is None:
-        return [(text, judge(text, *pair)) for text, pair in zip(texts, ((row, c.finished) for row, c in pairs))]
+        return [(text, judge(text, row, completion.finished)) for text, (row, completion) in zip(texts, pairs)]
     # threads, so that a reward which waits for a process or a server does not hold up the others
     pool, graded = ThreadPoolExecutor(32), []
     calls = [pool.submit(judge, text, row, completion.finished) for text, (row, completion) in zip(texts, pairs)]
