@@ -74,7 +74,7 @@ def main():
         sample_all(one, problems, tokenizer, eos, device, keep_tokens=bool(args.reference))
         gc.collect()  # this sampler's memory goes before the next one's comes
         if RANK == 0:
-            answers[one.model, one.data] = rows = read_rows(one.out)
+            answers[one.model, one.data] = rows = read_rows(one.out, args.samples)
             results.setdefault(one.model, {})[one.data] = found = measure(rows)
             if args.reference:
                 found |= divergence(rows, {problem["id"]: problem["tokens"] for problem in problems}, one, device)

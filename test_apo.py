@@ -68,7 +68,7 @@ def long(test):
 
 
 def stage1(out, *more):
-    """Six chunks of prompts."""
+    """Six chunks of prompts, each of 256 answers."""
     return ["vstar.py", *TINY, "--limit=768", "--samples=2", f"--out={out}", *more]
 
 
@@ -558,6 +558,28 @@ def test_vstar_error_is_the_bootstrap(beta1, seen, n):
     assert vstar_error(answers, beta1, n) == pytest.approx(bootstrapped, rel=0.005)
 
 
+@pytest.mark.parametrize("beta1,right,best,good", [
+    (math.inf, (1.0, 1.5), {1: 2, 10: 8, 25: 8}, 0.15),  # noise σ²/N, 1/(N + 1) of all: √(5 passes), roughly
+    (0.5, (1.0, 1.5), {1: 2, 10: 8, 25: 8}, 0.15),
+    (0.5, (1.0, 30.0), {1: 1, 10: 8, 25: 16}, 0.35),  # seldom solved: what was never seen cannot be drawn
+])
+def test_advice_on_n(beta1, right, best, good):
+    """Against the gradient's variance by brute force: (r − V̂*)² over fresh answers and fresh V̂*."""
+    rng = np.random.default_rng(0)
+    chance = rng.beta(*right, (3000, 1))
+    answer = lambda n: (rng.random((3000, n)) < chance).astype(float)
+    share, found = vstar.advise(answer(8), beta1)
+    moments = {}
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        drawn = [estimate_vstar(answer(n), beta1) for _ in range(100)]
+        moments[n] = np.mean([(answer(1)[:, 0] - values) ** 2 for values in drawn])
+        if n == 8:
+            assert share == pytest.approx(np.var(drawn, axis=0).mean() / moments[8], rel=good)
+            assert math.isfinite(beta1) or share == pytest.approx(1 / 9, rel=1e-6)
+    cost = lambda n, passes: n + vstar.STAGE2 * passes * moments[n] / moments[8]
+    assert found == best == {passes: min(moments, key=lambda n: cost(n, passes)) for passes in best}
+
+
 def test_vstar_error_without_scatter():
     assert vstar_error(np.ones((10, 4)), 0.5, 4) == 0
     assert math.isnan(vstar_error(np.ones((10, 1)), 0.5, 1))
@@ -852,6 +874,7 @@ def test_guard_settings(tmp_path, capsys):
     guard()
     saved = json.loads(config.read_text())
     assert saved["settings"] == dict(samples=8, engine="transformers", revision=None, algorithm="apo")
+    assert saved["samples"] == 8  # those asked for last, also where they are free
     assert set(saved["versions"]) == {"python", "torch", "transformers"}
     made.write_text("rows")
     guard(decode_rows=2, show=4, out=tmp_path)  # free to change
@@ -893,7 +916,7 @@ def test_stage1_rows(undisturbed):
     assert 0.3 < accuracy < 0.5
     assert f"accuracy          {accuracy:.3f} ±" in done.stdout and "N = 4" in done.stdout
     saved = json.loads(out.with_suffix(".config.json").read_text())
-    assert saved["settings"]["model"] == "tiny/model" and saved["settings"]["samples"] == 2
+    assert saved["settings"]["model"] == "tiny/model" and saved["samples"] == 2
     assert saved["settings"]["dtype"] == "float32" and saved["versions"]["torch"] == torch.__version__
     assert out.with_suffix(".png").stat().st_size > 5000
     assert sorted(p.name for p in out.parent.iterdir()) == ["vstar.config.json", "vstar.jsonl", "vstar.png"]
@@ -922,6 +945,67 @@ def test_stage1_killed_and_restarted(undisturbed, tmp_path):
 
 
 @whole
+def test_answers_are_kept_for_another_n(undisturbed, tmp_path):
+    """Up, killed on the way, and down again: as if each N had been asked for at once. Stage 2 takes N from here."""
+    out = tmp_path / "vstar.jsonl"
+    inside(*stage1(out))
+    assert out.read_bytes() == undisturbed[0].read_bytes()
+    process = start(*stage1(out, "--samples=4"))
+    wait_until(lambda: list(out.with_suffix(".parts").glob("*.jsonl")), process)
+    kill(process)
+    refused(inside(*stage2(out, tmp_path / "run"), check=False), "--samples 4: Stage 1 has 2 answers")
+    inside(*stage1(out, "--samples=3"))  # some prompts have 4 by now
+    assert {len(row["rewards"]) for row in read_jsonl(out)} == {3, 4}
+    up = inside(*stage1(out, "--samples=4"))
+    inside(*stage1(tmp_path / "four.jsonl", "--samples=4"))
+    assert out.read_bytes() == (tmp_path / "four.jsonl").read_bytes() and "N 4," in up.stdout
+    down = inside(*stage1(out))
+    assert out.read_bytes() == (tmp_path / "four.jsonl").read_bytes()
+    words = lambda done: re.findall("(?:prompts .*N|accuracy|mean V̂).*", done.stdout)
+    assert words(down) == words(undisturbed[1]) and len(words(down)) == 3
+    inside(*stage2(out, tmp_path / "run", "--steps=2"))
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["samples"] == 2
+
+
+@pytest.mark.parametrize("n,chunks", [(8, [32] * 3 + [4]), (1, [100]), (300, [1] * 100)])
+def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
+    """--decode_rows of them. Each process has work where there are fewer chunks than processes: as in a small
+    evaluation on many GPUs."""
+    asked = []
+
+    class Sampler:
+        def stream(self, chunks, n):
+            asked.extend((len(prompts), first) for prompts, _, first in chunks)
+            for index, (prompts, _, first) in enumerate(chunks):
+                yield index, [[Completion(prompt, True, [])] * (n - first) for prompt in prompts]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(vstar, "make_sampler", lambda *_: Sampler())
+    monkeypatch.setattr(vstar, "barrier", lambda *_: None)
+    args = some_args(samples=n, decode_rows=256, out=tmp_path / "v.jsonl", seed=0, reward=None)
+    tokenizer = SimpleNamespace(decode=lambda tokens, **_: f"\\boxed{{{tokens[0]}}}")
+    rows = [dict(id=f"{i:03d}", question="", answer=str(i // 2 * 2), tokens=[i]) for i in range(100)]
+    vstar.sample_all(args, rows, tokenizer, [0], "cpu")
+    assert asked == [(size, 0) for size in chunks]
+    assert [row["id"] for row in read_jsonl(args.out)] == [row["id"] for row in rows]
+    assert [row["rewards"] for row in read_jsonl(args.out)] == [[1.0] * n, [0.0] * n] * 50  # each has its own
+    args.samples, asked[:] = n + 8, []
+    vstar.sample_all(args, rows, tokenizer, [0], "cpu")
+    assert asked == [(32, n)] * 3 + [(4, n)] and {len(row["rewards"]) for row in read_jsonl(args.out)} == {n + 8}
+    args.out, asked[:], real, read = tmp_path / "w.jsonl", [], vstar.answered, []
+    monkeypatch.setattr(vstar, "remove", lambda path: None)
+    monkeypatch.setattr(vstar, "WORLD", 8)  # all read what exists before one writes; the first merges in the end
+    monkeypatch.setattr(vstar, "answered", lambda out: read.append(out) or (real(out) if len(read) == 9 else {}))
+    for rank in reversed(range(8)):
+        monkeypatch.setattr(vstar, "RANK", rank)
+        vstar.sample_all(args, rows, tokenizer, [0], "cpu")
+    assert len(asked) >= 8 and min(size for size, _ in asked) >= (9 if n == 1 else 1)
+    assert [row["id"] for row in read_jsonl(args.out)] == [row["id"] for row in rows]  # not as the parts lie there
+
+
+@whole
 def test_two_processes_equal_one(undisturbed, tmp_path):
     torchrun(2, *stage1(tmp_path / "vstar.jsonl"))
     assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
@@ -945,8 +1029,8 @@ def test_ctrl_c_says_how_to_go_on(undisturbed, tmp_path):
 def test_changed_settings_are_refused_by_name(undisturbed):
     out = undisturbed[0]
     before = out.read_bytes()
-    refused(inside(*stage1(out, "--samples=4", "--beta1=1"), check=False), "was begun with other settings: "
-            "--samples (was 2, now 4), --beta1 (was 0.5, now 1.0); --overwrite throws it away")
+    refused(inside(*stage1(out, "--seed=4", "--beta1=1"), check=False), "was begun with other settings: "
+            "--beta1 (was 0.5, now 1.0), --seed (was 0, now 4); --overwrite throws it away")
     assert out.read_bytes() == before
 
 
@@ -978,18 +1062,17 @@ def test_overwrite_starts_afresh(tmp_path):
 
 
 def test_files_of_an_earlier_version_are_refused(tmp_path):
-    """It wrote `n` for `samples`, and Stage 2's settings without a name around them."""
+    """It wrote `n` for `samples`, among the settings, and Stage 2's settings without a name around them."""
     out = tmp_path / "v.jsonl"
     inside(*stage1(out, "--limit=4"))
     now = json.loads(out.with_suffix(".config.json").read_text())
-    old = {key: value for key, value in now["settings"].items() if key != "samples"} | dict(n=2)
+    old = now["settings"] | dict(n=2)
     config = tmp_path / "run/config.json"
     inside(*stage2(out, tmp_path / "run", "--steps=1", "--batch_size=4", "--eval_limit=1"))
     config.write_text(json.dumps(json.loads(config.read_text())["settings"]))
     refused(inside(*stage2(out, tmp_path / "run"), check=False), str(config), "--overwrite")
-    out.with_suffix(".config.json").write_text(json.dumps(dict(now, settings=old)))
-    refused(inside(*stage1(out, "--limit=4"), check=False), "--samples (was None, now 2)", " n (was 2, now None)",
-            "--overwrite")
+    out.with_suffix(".config.json").write_text(json.dumps(dict(settings=old, versions=now["versions"])))
+    refused(inside(*stage1(out, "--limit=4"), check=False), " n (was 2, now None)", "--overwrite")
     refused(inside(*stage2(out, tmp_path / "another"), check=False), "v.config.json", "vstar.py", "again")
     inside(*evaluation(tmp_path / "e", "--limit=2", "--samples=1"))
     (path,) = (tmp_path / "e").glob("*.config.json")
@@ -1010,7 +1093,7 @@ def test_unwritable_folder_and_broken_files(tmp_path):
     refused(inside(*stage1(tmp_path / "file/vstar.jsonl"), check=False), str(tmp_path / "file"))
     with full_disk(kilobytes=10):
         done = inside(*stage1(tmp_path / "full.jsonl", "--limit=128"), check=False)
-    refused(done, "cannot write", "000000.jsonl: File too large", alone=False)
+    refused(done, "cannot write", ".jsonl: File too large", alone=False)
     (tmp_path / "v.config.json").write_text("{")
     refused(inside(*stage1(tmp_path / "v.jsonl"), check=False), "v.config.json")
 
@@ -1197,6 +1280,13 @@ def test_a_rollout_keeps_the_tokens_and_grades_the_text():
     assert [s.reward for s in samples] == [1, 0, 0, 0, 0, 0] and [s.place for s in samples] == [40] * 3 + [41] * 3
     assert [s.completion for s in samples] == 2 * copies and samples[3].ids == [4, *right]
     assert samples[0].response == samples[1].response == "5+7=12;\\boxed{12}"
+
+
+def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
+    """Half a reward is not half right; two are not twice."""
+    graded = [SimpleNamespace(reward=reward) for reward in (2.0, 1.0, 0.5, 0.0)]
+    monkeypatch.setattr(train, "rollout", lambda run, prompts: [graded[row] for _, row in prompts])
+    assert train.accuracy(None, range(4), mock.MagicMock()) == 0.5
 
 
 def test_dropout_is_off_and_recomputation_on():
@@ -1661,9 +1751,10 @@ def test_broken_files_each_end_in_one_line(trained, all_rows, tmp_path):
     process = start(*stage1(tmp_path / "p.jsonl"))
     wait_until(lambda: len(list(parts.glob("*.jsonl"))) >= 2, process)
     kill(process)
-    (parts / "000000.jsonl").write_text("{}")
-    refused(inside(*stage1(tmp_path / "p.jsonl"), check=False), "000000.jsonl", "remove it", alone=False)
-    (parts / "000000.jsonl").unlink()
+    torn = next(parts.glob("*.jsonl"))
+    torn.write_text("{}")
+    refused(inside(*stage1(tmp_path / "p.jsonl"), check=False), torn.name, "remove it", alone=False)
+    torn.unlink()
     inside(*stage1(tmp_path / "p.jsonl"))
 
 
@@ -2652,6 +2743,11 @@ def test_a_changed_field_is_another_problem():
     prints = [vstar.fingerprint("tiny/model", [dict(id="1", prompt="a", answer="1", target=target, tokens=[1])])
               for target in (1, 1, 2)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_an_edited_reward_is_another_reward(tmp_path):
+    prints = [vstar.fingerprint("tiny/model", reward=own_reward(tmp_path, line)) for line in ("return 1", "return 0")]
+    assert prints[0] != prints[1] and vstar.fingerprint("tiny/model")["reward's file"] is None
 
 
 def test_hub_problems(monkeypatch):

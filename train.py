@@ -451,10 +451,10 @@ def read_stage1(args):
         fail(f"{args.vstar}: no such file; run vstar.py first (or name its output with --vstar)")
     rows = read_rows(args.vstar)
     try:
-        stage1 = json.loads(config.read_text(encoding="utf-8"))["settings"]
+        told = json.loads(config.read_text(encoding="utf-8"))
+        stage1 = told["settings"]
         vars(args).update({key: stage1[key] for key in FROM_STAGE1})
-        kept = stage1["samples"]
-        args.beta1, args.samples = args.beta1 or stage1["beta1"], args.samples or kept
+        args.beta1, args.samples = args.beta1 or stage1["beta1"], args.samples or told["samples"]
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{config}: not there, or not the settings that this vstar.py writes; run it again")
     load_reward(args.reward)
@@ -463,8 +463,9 @@ def read_stage1(args):
             fail(f"{name} changed since Stage 1, and {args.vstar} holds other V̂*; run vstar.py again")
     if args.temperature == 0:
         fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
+    kept = min(len(row["rewards"]) for row in rows)
     if args.samples > kept:
-        fail(f"--samples {args.samples}: Stage 1 kept {kept} rewards per prompt")
+        fail(f"--samples {args.samples}: Stage 1 has {kept} answers per prompt; there, a larger --samples keeps these")
     for row in rows:
         row["rewards"] = row["rewards"][: args.samples]
         row["vstar"] = float(estimate_vstar(row["rewards"], args.beta1))

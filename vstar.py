@@ -47,7 +47,6 @@ from tqdm import tqdm
 from rewards import encode, fail, final_answers, load_problems, load_reward, make_prompt, read, readable, template_of
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-CHUNK = 128  # prompts that are sampled and saved at a time
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1
@@ -91,7 +90,7 @@ def main():
                   f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}")
     rate = sample_all(args, problems, tokenizer, eos, device, args.beta1)
     if RANK == 0:
-        rows, png = read_rows(args.out), args.out.with_suffix(".png")
+        rows, png = read_rows(args.out, args.samples), args.out.with_suffix(".png")
         print(summary(rows, args.beta1, rate, args.reward))
         histogram(rows, png)
         print(f"→ {args.out}, {png}")
@@ -108,14 +107,19 @@ def prepare(args):
 def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_tokens=False):
     """N graded completions of each prompt, by all processes together, as one file of rows sorted by id, args.out.
 
-    The prompts are sampled in chunks, and a chunk is a file that appears whole. So what a killed run has saved is kept.
+    The prompts are sampled in chunks, and a chunk is a file that appears whole. Answers that exist are kept: what a
+    killed run has saved, and those of a run with other --samples. They would come out the same, copy by copy.
     Returns the tokens per second of all processes, or None where nothing was left to do.
     """
     # the longest prompts first: what does not fit into memory fails at once, and a chunk's prompts are of like length
     problems = sorted(problems, key=lambda problem: (-len(problem["tokens"]), problem["id"]))
-    out, parts = args.out, parts_of(args.out)
-    chunks = [(chunk, parts / f"{index:06d}.jsonl") for index, chunk in enumerate(batched(problems, CHUNK))]
-    work = [(chunk, part) for chunk, part in chunks[RANK::WORLD] if not out.exists() and not part.exists()]
+    n, out, parts, rows, work = args.samples, args.out, parts_of(args.out), answered(args.out), []
+    for first in range(n):  # those that have so many answers already
+        some = [problem for problem in problems if len(rows.get(problem["id"], NO_ANSWERS)["rewards"]) == first]
+        work += batched(some, max(1, min(args.decode_rows // (n - first), -(-len(some) // WORLD))))
+    work = [[(problem, rows.get(problem["id"], NO_ANSWERS)) for problem in chunk] for chunk in work[RANK::WORLD]]
+    del rows
+    barrier(f"read {out}")  # before anyone writes
     rate = None
     if work:
         parts.mkdir(exist_ok=True)
@@ -123,38 +127,50 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
         rate = WORLD * sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens)
         sampler.close()
     barrier(f"sampled {out}")
-    if RANK == 0 and not out.exists():
-        remedy = "remove it, and the same command samples these answers again"
-        rows = [row for _, part in chunks for row in read_rows(part, remedy)]
-        write_rows(out, sorted(rows, key=lambda row: row["id"]))
+    if RANK == 0 and parts.exists():
+        write_rows(out, sorted(answered(out).values(), key=lambda row: row["id"]))
     barrier(f"merged {out}")
     remove(parts)
     return rate
 
 
+NO_ANSWERS = dict(rewards=[], lengths=[], finished=[], responses=[], tokens=[])  # of a row: a list over its copies
+
+
+def answered(out):
+    """{id: row}, all answers that exist: those of the file, and those of a run that was killed."""
+    paths = [path for path in (out, *parts_of(out).glob("*.jsonl")) if path.exists()]
+    remedy = "remove it, and the same command samples these answers again"
+    rows = [row for path in paths for row in read_rows(path, remedy=remedy)]
+    return {row["id"]: row for row in sorted(rows, key=lambda row: len(row["rewards"]))}  # the most of each prompt
+
+
 def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
-    """Sample, grade and save this process's chunks, [(problems, path)]. Returns tokens per second."""
+    """Sample, grade and save this process's chunks, [[(problem, the row that it has)]]. Returns tokens per second."""
     start, tokens, graded = time.time(), 0, []
-    bar = tqdm(total=sum(len(chunk) for chunk, _ in work), unit="prompt", disable=RANK > 0,
+    bar = tqdm(total=sum(map(len, work)), unit="prompt", disable=RANK > 0,
                desc="sampling" if WORLD == 1 else f"sampling (1 of {WORLD} shares)")
-    asked = [([problem["tokens"] for problem in chunk], [prompt_seed(args.seed, problem["id"]) for problem in chunk])
-             for chunk, _ in work]
+    asked = [([problem["tokens"] for problem, _ in chunk],
+              [prompt_seed(args.seed, problem["id"]) for problem, _ in chunk], len(chunk[0][1]["rewards"]))
+             for chunk in work]
     for index, completions in sampler.stream(asked, args.samples):
-        (chunk, path), rows = work[index], []
-        pairs = [(problem, copy) for problem, copies in zip(chunk, completions) for copy in copies]
-        judged = batched(grade(args, tokenizer, pairs), args.samples)
-        for problem, copies, said in zip(chunk, completions, judged):
-            responses, rewards = zip(*said)
+        chunk, rows = work[index], []
+        pairs = [(problem, copy) for (problem, _), copies in zip(chunk, completions) for copy in copies]
+        judged = batched(grade(args, tokenizer, pairs), len(completions[0]))
+        for (problem, old), copies, said in zip(chunk, completions, judged):
+            responses, rewards = map(list, zip(*said))
+            written = [copy.tokens for copy in copies]
             row = {key: value for key, value in problem.items() if key != "tokens"}
-            row |= dict(rewards=rewards, vstar=estimate_vstar(rewards, beta1),
-                        lengths=[len(copy.tokens) for copy in copies], finished=[copy.finished for copy in copies],
-                        responses=responses)
+            row |= dict(rewards=old["rewards"] + rewards, vstar=estimate_vstar(old["rewards"] + rewards, beta1),
+                        lengths=old["lengths"] + [len(some) for some in written],
+                        finished=old["finished"] + [copy.finished for copy in copies],
+                        responses=old["responses"] + responses)
             if keep_tokens:  # text that is encoded again need not give the same tokens
-                row["tokens"] = [copy.tokens for copy in copies]
+                row["tokens"] = old["tokens"] + written
             rows.append(row)
-            tokens += sum(row["lengths"])
+            tokens += sum(map(len, written))
             graded += [reward >= 1 for reward in rewards]
-        write_rows(path, rows)
+        write_rows(parts_of(args.out) / f"{prompt_seed(args.samples, chunk[0][0]['id'])}.jsonl", rows)
         rate = tokens / (time.time() - start)
         bar.set_postfix_str(f"accuracy {np.mean(graded):.3f}, {rate:,.0f} tokens/s", refresh=False)
         bar.update(len(chunk))
@@ -165,28 +181,58 @@ def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
 # what Stage 1 says of its answers
 
 
-def vstar_error(rewards, beta1, n):
-    """The standard error of V̂* from n answers, as a root mean square over prompts; rewards (prompts, N).
+def vstar_scatter(rewards, beta1, n):
+    """Mean and variance of V̂* from n answers, for each prompt; rewards (prompts, N) → (prompts,), (prompts,)
 
     Where rewards are 0 or 1 it is an exact bootstrap, without dice. Of n answers drawn from the N seen, Binomial(n,
-    share of right ones) are right, so the scatter is a sum over 0 … n. The N seen scatter less than the truth by
-    (N-1)/N, which is put back. It is good to a tenth for β1 ≥ 0.5 and N ≥ 8. For a smaller β1 it is too low: what was
-    never seen cannot be drawn.
+    share of right ones) are right, so both are sums over 0 … n. The N seen scatter less than the truth by (N-1)/N,
+    which is put back. It is good to a tenth for β1 ≥ 0.5 and N ≥ 8. For a smaller β1 the variance is too low: what
+    was never seen cannot be drawn.
     """
     rewards = np.asarray(rewards)
     seen, share, right = rewards.shape[1], rewards.mean(1, keepdims=True), np.arange(n + 1)
-    if seen < 2:
-        return math.nan  # one answer says nothing of its own scatter
+    more = seen / (seen - 1) if seen > 1 else math.nan  # one answer says nothing of its own scatter
     if not np.isin(rewards, (0, 1)).all():
         dice = np.random.default_rng(0)
         draw_again = lambda: np.take_along_axis(rewards, dice.integers(seen, size=(len(rewards), n)), 1)
         drawn = [estimate_vstar(draw_again(), beta1) for _ in range(200)]
-        return math.sqrt(np.var(drawn, axis=0).mean() * seen / (seen - 1))
+        return np.mean(drawn, axis=0), np.var(drawn, axis=0) * more
     vstar = estimate_vstar(np.arange(n) < right[:, None], beta1)  # (n + 1,) if 0, 1, … n of the n are right
     ways = np.array([math.comb(n, k) for k in right], dtype=np.float64)
     chance = ways * share**right * (1 - share) ** (n - right)  # (prompts, n + 1)
-    variance = chance @ vstar**2 - (chance @ vstar) ** 2
-    return math.sqrt(max(variance.mean() * seen / (seen - 1), 0.0))
+    return chance @ vstar, np.maximum(chance @ vstar**2 - (chance @ vstar) ** 2, 0) * more
+
+
+def vstar_error(rewards, beta1, n):
+    """The standard error of V̂* from n answers, as a root mean square over prompts."""
+    return math.sqrt(vstar_scatter(rewards, beta1, n)[1].mean())
+
+
+# An answer of Stage 2 costs about as much as so many of Stage 1: it is scored by π_ref and trained on, too, and comes
+# in smaller batches
+STAGE2 = 5
+
+
+def advise(rewards, beta1):
+    """How many answers are cheapest? → the share of the gradient's variance that is V̂*'s noise, {passes: N}
+
+    On-policy a wrong V̂* makes no bias, however often it is used, because E[∇ ln π] = 0. But it makes variance: that of
+    the gradient grows with E[(r − V̂*)²] = σ² + b² + noise, where σ² is the variance of r, b how far V̂* lies from the
+    policy's own value on average, and noise the variance of V̂*. All three are π_ref's, as training begins. Where the
+    batch is small, the steps needed grow likewise, and so N + STAGE2 · passes · (σ² + b² + noise) is to be least. A
+    large batch needs fewer steps anyway, and so a smaller N than this.
+    """
+    rewards = np.asarray(rewards)
+    now = rewards.shape[1]
+
+    def second_moment(n):
+        mean, noise = vstar_scatter(rewards, beta1, n)
+        return rewards.var(1, ddof=1).mean() + ((mean - rewards.mean(1)) ** 2).mean() + noise.mean(), noise.mean()
+
+    (total, noise), choices = second_moment(now), [1 << k for k in range(7)]
+    moments = {n: second_moment(n)[0] / total for n in choices}
+    cost = lambda n, passes: n + STAGE2 * passes * moments[n]
+    return noise / total, {passes: min(choices, key=lambda n: cost(n, passes)) for passes in (1, 10, 25)}
 
 
 def pass_at_k(rewards, k):
@@ -220,9 +266,14 @@ def summary(rows, beta1, rate=None, own=None):
         f"0/{n} right         {none:.1%} of the prompts      {n}/{n} right  {every:.1%}",
         f"finished          {finished:.1%} of the answers",
         f"mean length       {length:.1f} tokens" + (f"      {rate:,.0f} tokens/s" if rate else ""),
-        f"mean V̂*           {np.mean([row['vstar'] for row in rows]):.3f}",
+        f"mean V̂*           {np.mean(estimate_vstar(rewards, beta1)):.3f}",
         "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*)",
     ]
+    if n > 1 and rewards.std(1).any():
+        share, best = advise(rewards, beta1)
+        lines.append(f"N                 V̂*'s noise is {share:.0%} of the gradient's variance; cheapest for Stage 2's "
+                     + ", ".join(f"{passes} passes: {best_n}" for passes, best_n in best.items())
+                     + " (--samples; answers that exist are kept)")
     other = not np.isin(rewards, (0, 1)).all()
     if other:
         lines.insert(2, f"reward            {rewards.mean():.3f} on average; right is what earns at least 1")
@@ -264,6 +315,7 @@ def histogram(rows, path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the sampler, with two engines: generate(prompts, n, seeds), stream(chunks, n), holding(policy), close()
+# Of the n copies of a prompt the last n - first can be had alone: a copy's dice are its seed's and its number's.
 
 
 class Completion(NamedTuple):
@@ -358,21 +410,22 @@ class TransformersSampler:
     temperature: float
     rows: int  # completions decoded at once
 
-    def generate(self, prompts, n, seeds):
-        """Token lists → n Completions of each."""
+    def generate(self, prompts, n, seeds, first=0):
+        """Token lists → the Completions first … n - 1 of each."""
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths: little padding
         completions = []
-        for some in batched(longest_first, max(1, self.rows // n)):
-            completions += self.decode([prompts[i] for i in some], n, [seeds[i] for i in some])
+        for some in batched(longest_first, max(1, self.rows // (n - first))):
+            completions += self.decode([prompts[i] for i in some], range(first, n), [seeds[i] for i in some])
         return [copies for _, copies in sorted(zip(longest_first, completions))]
 
     @torch.no_grad()  # not inference_mode: FSDP would keep buffers that autograd may not touch
-    def decode(self, prompts, n, seeds):
-        device, limit, count = next(self.model.parameters()).device, self.max_new_tokens, len(prompts) * n
+    def decode(self, prompts, copies, seeds):
+        device, limit, n = next(self.model.parameters()).device, self.max_new_tokens, len(copies)
+        count = len(prompts) * n
         eos = torch.tensor(self.eos, device=device)
         # one uniform number per token that could be sampled, each row from a stream of its own
         uniforms = torch.from_numpy(np.stack([
-            np.random.Generator(np.random.Philox(key=[seed, copy])).random(limit) for seed in seeds for copy in range(n)
+            np.random.Generator(np.random.Philox(key=[seed, copy])).random(limit) for seed in seeds for copy in copies
         ])).to(device)  # (count, limit) fp64
         # left-padded, so that every prompt ends in the last column; the padding is masked and takes no position
         pad = lambda rows: pad_sequence([torch.tensor(row) for row in rows], True, padding_side="left").to(device)
@@ -404,10 +457,11 @@ class TransformersSampler:
         return batched([Completion(some[:length], ended, logp[:length]) for some, ended, logp, length in written], n)
 
     def stream(self, chunks, n):
-        """[(prompts, seeds)] → (the chunk's index, its completions) as they are done. Waiting prompts do not take the
-        place of finished rows: they would all share the longest row's width, which was measured and is slower."""
-        for index, (prompts, seeds) in enumerate(chunks):
-            yield index, self.generate(prompts, n, seeds)
+        """[(prompts, seeds, first)] → (the chunk's index, its completions) as they are done. Waiting prompts do not
+        take the place of finished rows: they would all share the longest row's width, which was measured and is
+        slower."""
+        for index, (prompts, seeds, first) in enumerate(chunks):
+            yield index, self.generate(prompts, n, seeds, first)
 
     def holding(self, policy):
         """It samples from the very weights that are trained."""
@@ -468,18 +522,19 @@ class VLLMSampler:
             self.llm.sleep(level=2)
 
     def generate(self, prompts, n, seeds):
-        return next(self.stream([(prompts, seeds)], n), (0, []))[1]
+        return next(self.stream([(prompts, seeds, 0)], n), (0, []))[1]
 
     def stream(self, chunks, n):
-        """[(prompts, seeds)] → (the chunk's index, its completions) as they are done. All stand in one queue, so that
-        the batch is full until the end."""
+        """[(prompts, seeds, first)] → (the chunk's index, its completions) as they are done. All stand in one queue, so
+        that the batch is full until the end."""
         import vllm
 
-        engine, completions = self.llm.llm_engine, [[None] * len(prompts) for prompts, _ in chunks]
-        for index, (prompts, seeds) in enumerate(chunks):
+        engine, completions = self.llm.llm_engine, [[None] * len(prompts) for prompts, *_ in chunks]
+        for index, (prompts, seeds, first) in enumerate(chunks):
             for place, (prompt, seed) in enumerate(zip(prompts, seeds)):
                 engine.add_request(f"{index} {place}", {"prompt_token_ids": prompt}, vllm.SamplingParams(
-                    n=n, seed=seed, output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY, **self.sampling))
+                    n=n - first, seed=seed + first,  # vLLM gives copy i the seed + i
+                    output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY, **self.sampling))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -620,7 +675,7 @@ def add_machine_flags(parser, training=False):
     add("--dtype", ["auto", "float32", "bfloat16"] + ["float16"] * (not training),  # training would need loss scaling
         "the precision of all computing; auto: bfloat16 on a GPU, float32 on a CPU")
     add("--engine", ["auto", "vllm", "transformers"], "auto: vLLM where it can run")
-    add("--decode_rows", 256, "transformers: answers decoded at once; bounds the memory")
+    add("--decode_rows", 256, "answers saved at once, and with transformers decoded at once; bounds the memory")
     add("--gpu_memory", 0.4 if training else 0.9, "vLLM: the share of each GPU's memory that it takes")
     if not training:
         add("--tensor_parallel", 1, "vLLM: GPUs that one engine is spread over")
@@ -827,13 +882,13 @@ def parts_of(out):
 
 def guard_rows(args, problems, free=(), **more):
     """guard_settings for what sample_all writes."""
-    guard_settings(args.out.with_suffix(".config.json"), args, [args.out, parts_of(args.out)], free,
+    guard_settings(args.out.with_suffix(".config.json"), args, [args.out, parts_of(args.out)], ["samples", *free],
                    **fingerprint(args.model, problems, args.reward), **more)
 
 
 def guard_settings(config, args, made, free=(), **more):
     """May this run go on with the files `made`? Only if one with the same settings made them; it kept these in
-    `config`. Settings are all flags and `more`, but not those that are `free` to change, as they change no result."""
+    `config`. Settings are all flags and `more`; those that are `free` may change, as they change no result."""
     free = {"out", "overwrite", "decode_rows", "gpu_memory", "tensor_parallel", *free}
     settings = {key: value for key, value in {**vars(args), **more}.items() if key not in free}
     settings = json.loads(json.dumps(settings, default=str))
@@ -849,14 +904,13 @@ def guard_settings(config, args, made, free=(), **more):
                    for key in {**settings, **old} if old.get(key) != settings.get(key)]
         if changed:
             fail(f"{config}: the run was begun with other settings: {', '.join(changed)}; --overwrite throws it away")
-        return
     for path in made:
-        if path.exists():
+        if path.exists() and not config.exists():
             fail(f"{path} exists without its {config.name}; --overwrite throws it away")
     config.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", args.engine)}
     versions["python"] = sys.version.split()[0]
-    write_whole(config, json.dumps(dict(settings=settings, versions=versions), indent=1) + "\n")
+    write_whole(config, json.dumps(dict(settings=settings, samples=args.samples, versions=versions), indent=1) + "\n")
 
 
 def fingerprint(model, problems=(), reward=None):
@@ -873,14 +927,15 @@ def fingerprint(model, problems=(), reward=None):
     return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
 
 
-def read_rows(path, remedy="--overwrite makes the file anew"):
-    """The rows that sample_all wrote."""
+def read_rows(path, n=None, remedy="--overwrite makes the file anew"):
+    """The rows that sample_all wrote, with the first n answers of each."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                rows.append(json.loads(line))
-                rows[-1]["vstar"]
+                row = json.loads(line)
+                rows.append(row | {key: row[key][:n] for key in NO_ANSWERS.keys() & row})
+                row["vstar"]
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}, line {number}: torn or not a row of answers; {remedy}")
     return rows
