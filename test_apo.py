@@ -1453,14 +1453,17 @@ def test_filter(choice, kept, monkeypatch, tmp_path):
     rows = [dict(id=name, rewards=some, vstar=0.0) for name, some in dict(a=[0.0, 1], b=[1, 1], c=[0.0, 0.5]).items()]
     monkeypatch.setattr(train, "read_rows", lambda path: rows)
     monkeypatch.setattr(train, "fingerprint", lambda *_, **__: {})
-    made = json.dumps(dict(settings={**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "samples": 2, "beta1": 1,
-                                     "data": "d"}))
+    made = json.dumps(dict(settings={**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "beta1": 1, "data": "d"},
+                           samples=2))
     (tmp_path / "v.jsonl").write_text("")
     (tmp_path / "v.config.json").write_text(made)
     args = some_args(vstar=tmp_path / "v.jsonl", beta1=None, samples=None, filter=choice, steps=1, eval_data="none")
     found = train.read_stage1(args)[0]
     assert "".join(row["id"] for row in found) == kept
     assert found[0]["vstar"] == pytest.approx(math.log((1 + math.e) / 2))  # computed again, from the rewards
+    args.samples, args.filter = 1, "none"
+    found = train.read_stage1(args)[0]
+    assert [row["vstar"] for row in found] == [0, 1, 0] and found[0]["rewards"] == [0]  # from the first alone
 
 
 def old_weights(lag, times):
