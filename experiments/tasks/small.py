@@ -107,14 +107,21 @@ def one(args, out, seed):
 
 
 def sums(args, out, model):
-    """The embedded world's held-out problems, on which no task trains."""
-    results = out / "eval/results.json"
-    lab.run(args, "evaluate", lab.ROOT / out, "eval/results.json", f"--model={model}", "--data=tiny/test.jsonl",
-            "--prompt={question}", "--samples=4", "--max_new_tokens=64", "--decode_rows=1024", f"--out={out}/eval",
+    """The embedded world's held-out problems, on which no task trains. For each number of digits also the share of
+    answers that are worked, and how many of those are right."""
+    flags = ["--prompt={question}", "--samples=4", "--max_new_tokens=64", "--decode_rows=1024", f"--out={out}/eval"]
+    lab.run(args, "evaluate", lab.ROOT / out, "eval/results.json", f"--model={model}", "--data=tiny/test.jsonl", *flags,
             threads=1)
-    (sets,) = json.loads((lab.ROOT / results).read_text()).values()
-    (found,) = sets.values()
-    return {key: round(found[key], 4) for key in ("accuracy", "length", "finished")}
+    ((found,),) = (sets.values() for sets in json.loads((lab.ROOT / out / "eval/results.json").read_text()).values())
+    found = {key: round(found[key], 4) for key in ("accuracy", "length", "finished")}
+    (rows,) = map(lab.read, (lab.ROOT / out / "eval").glob("*.jsonl.jsonl"))
+    for digits in sorted({row["question"].index("+") for row in rows}):
+        answers = [pair for row in rows if row["question"].index("+") == digits
+                   for pair in zip(row["rewards"], row["responses"])]
+        right, worked = [right for right, _ in answers], [right for right, response in answers if ";" in response]
+        found[digits] = dict(accuracy=round(sum(right) / len(right), 4), worked=round(len(worked) / len(right), 4),
+                             worked_accuracy=round(sum(worked) / max(1, len(worked)), 4))
+    return found
 
 
 def draw(name, runs, before):
