@@ -1151,16 +1151,18 @@ def test_an_update_starts_from_no_gradient():
 
 def test_the_gradient_is_clipped_to_a_global_norm():
     """A step at rate 1 is as long as the bound; what is logged is the norm before."""
-    lengths, norms = [], []
+    lengths, norms, clipped = [], [], []
     for bound in (1e9, 0.01):
         objective, policy = train.APO(some_args(max_grad_norm=bound)), train.Policy(small_model())
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         a_run = run_of(objective, policy, train.Policy(small_model(seed=1)), optimizer)
         before = torch.cat([p.detach().flatten() for p in policy.parameters()])
         samples = some_samples(12)
-        norms.append(train.update(a_run, samples, objective.given(a_run, samples))["grad_norm"])
+        seen = train.update(a_run, samples, objective.given(a_run, samples))
+        norms, clipped = [*norms, seen["grad_norm"]], [*clipped, seen["clipped"]]
         lengths.append((torch.cat([p.detach().flatten() for p in policy.parameters()]) - before).norm().item())
     assert norms[0] == norms[1] == pytest.approx(lengths[0], rel=1e-3) and norms[0] > 1
+    assert clipped == [False, True]
     assert lengths[1] == pytest.approx(0.01, rel=1e-2)
 
 

@@ -85,17 +85,17 @@ def demonstration(rng, args, progress):
     return f"{a}{operator}{b}=", answer
 
 
-def make_tokenizer():
+def make_tokenizer(characters="0123456789+-*=;}"):
     """One token a character, and one for \\boxed{. <eos> also pads, as in many real tokenizers."""
-    characters = ["<eos>", "<unk>", *"0123456789+-*=;}"]
-    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(characters)}, merges=[], eos_token="<eos>",
+    vocabulary = ["<eos>", "<unk>", *characters]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], eos_token="<eos>",
                                pad_token="<eos>", unk_token="<unk>")
     tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False)])
     return tokenizer
 
 
-def make_model(args):
-    tokenizer, rng = make_tokenizer(), random.Random(args.seed)
+def make_model(args, demonstration=demonstration, *characters):
+    tokenizer, rng = make_tokenizer(*characters), random.Random(args.seed)
     torch.manual_seed(args.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,

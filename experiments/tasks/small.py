@@ -1,11 +1,8 @@
 """What small tasks share: π_ref, a tiny Qwen2 that imitates demonstrations as in tiny/make.py; and both stages."""
 
 import json
-import random
+import shlex
 from pathlib import Path
-
-import torch
-from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from experiments import lab
 from tiny import make
@@ -14,54 +11,22 @@ from tiny import make
 # π_ref
 
 
-def make_tokenizer(characters):
-    """One token a character, and one for \\boxed{. <eos> also pads, as in many real tokenizers."""
-    vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", *characters])}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
-    tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False)])
-    return tokenizer
+def train_small(folder, characters, demonstration, sums, **flags):
+    """A Hugging Face folder with a model that imitates demonstration(rng, progress) → (prompt, answer), with a token a
+    character. `progress` rises from 0 to 1: a demonstration may show the hard things first.
 
-
-def train_small(folder, characters, demonstration, steps, hidden=96, layers=2, batch=32, lr=2e-3, seed=0):
-    """A Hugging Face folder with a model that imitates demonstration(rng, progress) → (prompt, answer).
-
-    `progress` goes from 0 to 1: a demonstration may show the hard things first.
+    A share `sums` of the demonstrations are the embedded world's: what becomes of a skill that the task does not train?
+    flags: those of tiny/make.py.
     """
-    tokenizer, rng = make_tokenizer(characters), random.Random(seed)
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=512,
-        rope_parameters=dict(rope_type="default", rope_theta=100.0),  # short texts
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (1 - step / steps)
-        pairs = [demonstration(rng, step / steps) for _ in range(batch)]
-        prompts, answers = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs))
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers)) + 1
-        ids = torch.zeros(batch, width, dtype=torch.long)  # right-padded with EOS, which is token 0
-        labels = torch.full_like(ids, -100)  # no loss on the prompt, nor behind the first EOS
-        for row, (p, a) in enumerate(zip(prompts, answers)):
-            ids[row, : len(p) + len(a)] = torch.tensor(p + a)
-            labels[row, len(p) : len(p) + len(a) + 1] = torch.tensor(a + [0])
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
+    args = make.parser.parse_args(shlex.split(" ".join(f"--{name} {flag}" for name, flag in flags.items())))
+
+    def either(rng, args, progress):
+        return make.demonstration(rng, args, progress) if rng.random() < sums else demonstration(rng, progress)
+
+    # Ġ is how this kind of tokenizer writes a space
+    model, tokenizer = make.make_model(args, either, characters.replace(" ", "Ġ"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def with_sums(demonstration, share):
-    """A share of the embedded world's demonstrations among those of a task."""
-    args = make.parser.parse_args([])
-    return lambda rng, progress: (make.demonstration(rng, args, progress) if rng.random() < share
-                                  else demonstration(rng, progress))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -131,8 +131,8 @@ def main():
         small.write(folder / f"{name}.jsonl", [dict(question=question(board), board=board,
                                                     answer=" or ".join(optimal(board))) for board in boards])
     if not (folder / "world/tokenizer_config.json").exists():
-        play_or_add = small.with_sums(lambda *now: demonstration(*now, learned), 0.3)
-        small.train_small(folder / "world", CHARACTERS, play_or_add, args.lessons)
+        small.train_small(folder / "world", CHARACTERS, lambda *now: demonstration(*now, learned), sums=0.3,
+                          steps=args.lessons)
     small.experiment(args, "tictactoe", FOLDER)
 
 
