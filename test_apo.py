@@ -1284,6 +1284,26 @@ def test_a_rollout_keeps_the_tokens_and_grades_the_text():
     assert samples[0].response == samples[1].response == "5+7=12;\\boxed{12}"
 
 
+def test_what_is_shown_of_a_step(tmp_path):
+    """samples/ has each answer with its own reward, V̂* and log-ratio; the first is printed, with what it tells."""
+    args = some_args(out=tmp_path, show_every=2)
+    log = object.__new__(train.Log)
+    log.args, log.bar, log.told, log.history = args, mock.MagicMock(), set(), []
+    log.run = SimpleNamespace(objective=train.APO(args))
+    rows = [dict(id=name, prompt=f"{name}=", answer="7", vstar=value) for name, value in dict(a=0.25, b=0.5).items()]
+    samples = [train.Sample(rows[0], Completion([1, 2], True, [-1.0, -0.5]), "seven", 1.0, 0),
+               train.Sample(rows[1], Completion([3], False, [-2.0]), "eight", 0.0, 1)]
+    given = dict(ref_logp=torch.tensor([[-2.0, -0.75], [-1.5, 0.0]]))
+    for step in (1, 2, 3):
+        log.show(dict(step=step, reward=0.5, kl=0.0, tokens_per_second=9), samples, given)
+    assert sorted(os.listdir(tmp_path / "samples")) == ["000001.jsonl", "000002.jsonl"]
+    assert read_jsonl(tmp_path / "samples/000002.jsonl") == [
+        dict(id="a", prompt="a=", response="seven", reward=1.0, vstar=0.25, log_ratio=1.25),
+        dict(id="b", prompt="b=", response="eight", reward=0.0, vstar=0.5, log_ratio=-0.5)]
+    said = log.bar.write.call_args[0][0]
+    assert "a=" in said and "seven\n" in said and "right, the answer is 7; V̂* 0.25, advantage +0.75" in said
+
+
 def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
     """Half a reward is not half right; two are not twice."""
     graded = [SimpleNamespace(reward=reward) for reward in (2.0, 1.0, 0.5, 0.0)]
