@@ -1284,6 +1284,45 @@ def test_a_rollout_keeps_the_tokens_and_grades_the_text():
     assert samples[0].response == samples[1].response == "5+7=12;\\boxed{12}"
 
 
+def test_a_restart_finds_the_last_whole_checkpoint_and_its_rows(tmp_path):
+    for name in ("00000002", "00000004", "00000006.tmp", "notes"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+    assert train.last_checkpoint(tmp_path) == 4 and train.last_checkpoint(tmp_path / "new") == 0
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["00000002", "00000004", "notes"]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in range(7)) + '{"step"')
+    assert [row["step"] for row in train.read_metrics(path, 4)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(path)] == [0, 1, 2, 3, 4]
+    assert train.read_metrics(path, 0) == [] and path.read_text() == ""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_holds_weights_and_moments(tmp_path):
+    """Two steps, with the first's state loaded in between by another run, end where two steps of one run do."""
+    def begin(seed):
+        policy = train.Policy(small_model(seed=seed))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+        args, trained = some_args(out=tmp_path), torch.nn.ModuleList([policy])
+        return train.Run(args, train.APO(args), None, policy, None, trained, optimizer, None, "cpu")
+
+    def step(run):
+        _, ids, mask = next(train.microbatches(some_samples(4), some_args(), "cpu"))
+        run.policy(input_ids=ids, mask=mask).square().sum().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    one, other = begin(0), begin(1)
+    step(one)
+    train.save_checkpoint(one, 1)
+    step(one)
+    train.load_checkpoint(other, 1)
+    step(other)
+    assert all(a.equal(b) for a, b in zip(one.policy.parameters(), other.policy.parameters()))
+    for number in (2, 3):
+        train.save_checkpoint(one, number)
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["00000002", "00000003"]  # the two newest
+
+
 def test_what_is_shown_of_a_step(tmp_path):
     """samples/ has each answer with its own reward, V̂* and log-ratio; the first is printed, with what it tells."""
     args = some_args(out=tmp_path, show_every=2)
