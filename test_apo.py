@@ -1343,6 +1343,11 @@ def test_what_is_shown_of_a_step(tmp_path):
     assert "a=" in said and "seven\n" in said and "right, the answer is 7; V̂* 0.25, advantage +0.75" in said
 
 
+def test_a_difference_is_the_others_gain():
+    mean, low, high = evaluate.paired([0.0, 0.5, 0.5, 0.0], [1.0, 0.5, 1.0, 0.5])
+    assert mean == 0.5 and 0 < low <= mean <= high <= 1
+
+
 def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
     """Half a reward is not half right; two are not twice."""
     graded = [SimpleNamespace(reward=reward) for reward in (2.0, 1.0, 0.5, 0.0)]

@@ -10,6 +10,7 @@ over the run. (The reward is that of the training prompts; the held-out problems
 one at a time, and timed. A*-PO's seconds include its Stage 1. What is in out/compare/ is not run again.
 """
 
+import json
 import re
 from itertools import product
 
@@ -27,10 +28,12 @@ PAPER = dict(ppo=[(10.84, 42.64, .151, 57.0), (13.59, 54.95, .111, 65.8), (20.53
 
 def main():
     parser = lab.make_parser(__doc__, steps=50)
+    parser.set_defaults(stage1="@tiny/vstar.args --samples=2")  # what vstar.py says to be cheapest for one pass
     add = parser.add_argument
     add("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], help="the sweep's; PPO's critic: ×10")
     add("--betas", nargs="+", default=["0.01", "0.1"], help="the sweep's weights of the KL")
-    add("--reach", type=float, default=0.80, help="the accuracy to which the time is taken")
+    add("--keep_sweep", action="store_true", help="take rates and weights of the KL from the results that are there")
+    add("--reach", type=float, nargs="+", default=[0.80, 0.90], help="accuracies to which the time is taken")
     args = parser.parse_args()
 
     def one(algorithm, rate, beta, seed, eval_every, **keywords):
@@ -40,11 +43,14 @@ def main():
                          f"--beta2={beta}", f"--seed={seed}", f"--eval_every={eval_every}", "--decode_rows=1024",
                          algorithm=algorithm, **keywords)
 
-    tries = list(product(lab.NAMES, args.rates, args.betas))
-    lab.stage1(args, "out/compare/stage1/100", "--seed=100")
-    tried = lab.side_by_side(args, [lambda t=t: one(*t, 100, 100000, threads=1) for t in tries])
-    sweep = {" ".join(t): [round(lab.mean("reward", rows[1:]), 4), accuracies(rows)[-1]]
-             for t, rows in zip(tries, tried)}
+    if args.keep_sweep:
+        sweep = json.loads((lab.RESULTS / "compare.json").read_text())["sweep"]
+    else:
+        tries = list(product(lab.NAMES, args.rates, args.betas))
+        lab.stage1(args, "out/compare/stage1/100", "--seed=100")
+        tried = lab.side_by_side(args, [lambda t=t: one(*t, 100, 100000, threads=1) for t in tries])
+        sweep = {" ".join(t): [round(lab.mean("reward", rows[1:]), 4), accuracies(rows)[-1]]
+                 for t, rows in zip(tries, tried)}
     chosen = {}
     for algorithm in lab.NAMES:
         best = max((key for key in sweep if key.startswith(algorithm)), key=lambda key: sweep[key][0])
@@ -63,7 +69,13 @@ def main():
         })
     curves = {f"{algorithm} {seed}": curve(run["rows"])
               for algorithm, some in runs.items() for seed, run in enumerate(some)}
-    lab.save("compare", budget=dict(steps=args.steps, seeds=args.seeds, reach=args.reach), sweep=sweep, chosen=chosen,
+    for goal in args.reach:  # which of the four comes there first?
+        times = {name: [run[f"seconds to {goal:.2f}"] for run in runs[name]] for name in runs}
+        first = [min(times, key=lambda name: np.nan_to_num(times[name][seed], nan=np.inf))
+                 for seed in range(args.seeds)]
+        print(f"first to {goal:.2f}: {', '.join(first)}")
+        table["apo"][f"first to {goal:.2f}"] = first.count("apo")
+    lab.save("compare", budget=dict(steps=args.steps, seeds=args.seeds, stage1=args.stage1), sweep=sweep, chosen=chosen,
              table=table, paper=PAPER, curves=curves)
     draw(runs, args)
     show(table, chosen, args)
@@ -78,17 +90,18 @@ def stage1_cost(out):
 
 def measures(rows, offline_tokens, offline, reach):
     """What the table holds of one run; the clock counts the phases of the steps (and Stage 1), not the evaluations."""
-    clock, at = offline, {}
+    clock, at = offline, {}  # the first row with such an accuracy
     for row, tokens in zip(rows, offline_tokens + np.cumsum([row["tokens"] for row in rows])):
         clock += lab.seconds_of(row)
         row.update(clock=clock, all_tokens=tokens)
-        if not at and row.get("accuracy", 0) >= reach:
-            at = row
+        for goal in reach:
+            if row.get("accuracy", 0) >= goal:
+                at.setdefault(goal, row)
     phases = {phase: float(np.mean([lab.seconds_of(row, [phase]) for row in rows[1:]])) for phase in lab.PHASES}
     return dict(accuracy=accuracies(rows)[-1], seconds=clock, online_seconds=clock - offline,
-                memory_gb=rows[-1]["memory_gb"], seconds_to_reach=at.get("clock", np.nan),
-                online_seconds_to_reach=at.get("clock", np.nan) - offline, steps_to_reach=at.get("step", np.nan),
-                kl_at_reach=at.get("kl", np.nan), kl=rows[-1]["kl"], phases=phases)
+                memory_gb=rows[-1]["memory_gb"], kl=rows[-1]["kl"], phases=phases,
+                **{f"{name} to {goal:.2f}": at.get(goal, {}).get(key, np.nan) for goal in reach
+                   for name, key in dict(seconds="clock", steps="step", tokens="all_tokens", KL="kl").items()})
 
 
 def curve(rows):
@@ -109,8 +122,8 @@ def draw(runs, args):
                 for line in lines * (key != "kl"):
                     axis.plot(*zip(*line), color=colour, linewidth=0.5, alpha=0.4)
                 axis.plot(*np.mean(lines, axis=0).T, color=colour, linewidth=2, label=lab.NAMES[algorithm])
-            if key != "kl":
-                axis.axhline(args.reach, color="0.8", linewidth=0.8, zorder=0)
+            for goal in args.reach * (key != "kl"):
+                axis.axhline(goal, color="0.8", linewidth=0.8, zorder=0)
             axis.set(xlabel=label, ylim=(0, 1), title="held-out accuracy" if key in ("step", "kl") else None)
         axes[0, 2].set_xscale("log")
         axes[0, 0].legend(frameon=False)
@@ -119,12 +132,13 @@ def draw(runs, args):
 def show(table, chosen, args):
     """The table in the form of the paper's, as Markdown."""
     print(f"\n{args.seeds} seeds, {args.steps} steps; the mean and the deviation over the seeds\n")
-    print(f"| | rate, β2 | seconds | … to {args.reach} | memory (GB) | KL at {args.reach} | KL | accuracy |")
-    print("|---" * 8 + "|")
+    reached = {f"{name} to {goal:.2f}": digits for name, digits in dict(seconds=1, tokens=0, KL=2).items()
+               for goal in args.reach}
+    columns = dict(seconds=1, **reached, memory_gb=2, kl=2, accuracy=3)
+    print(f"| | rate, β2 | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 2) + "|")
     for algorithm, name in lab.NAMES.items():
-        digits = dict(seconds=1, seconds_to_reach=1, memory_gb=2, kl_at_reach=2, kl=2, accuracy=3)
         print(f"| {name} | {', '.join(chosen[algorithm])} | "
-              + " | ".join(lab.pm(table[algorithm][key], count) for key, count in digits.items()) + " |")
+              + " | ".join(lab.pm(table[algorithm][key], count) for key, count in columns.items()) + " |")
     print("\n| the paper, MATH | hours | GPU memory (%) | KL | MATH500 |\n|---|---|---|---|---|")
     for algorithm, name in lab.NAMES.items():
         columns = (" / ".join(f"{number:g}" for number in numbers) for numbers in zip(*PAPER[algorithm]))
