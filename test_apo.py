@@ -2892,7 +2892,8 @@ def test_prompts(capsys):
     for more in (None, dict(tokenize=True)):
         ends_in_one_line(capsys, lambda more=more: rewards.make_prompt(tokenizer, what, "{level}", True, more),
                          "--chat_args " + json.dumps(more))
-    ends_in_one_line(capsys, lambda: rewards.make_prompt(tokenizer, what, "{level}", False, dict(a=1)), "--chat asks in")
+    alone = lambda: rewards.make_prompt(tokenizer, what, "{level}", False, dict(a=1))
+    ends_in_one_line(capsys, alone, "--chat asks in")
 
 
 def test_a_template_takes_any_field_of_a_problem(capsys):

@@ -218,9 +218,9 @@ def advise(rewards, beta1):
 
     On-policy a wrong V̂* makes no bias, however often it is used, because E[∇ ln π] = 0. But it makes variance: that of
     the gradient grows with E[(r − V̂*)²] = σ² + b² + noise, where σ² is the variance of r, b how far V̂* lies from the
-    policy's own value on average, and noise the variance of V̂*. All three are π_ref's, as training begins. Where the
-    batch is small, the steps needed grow likewise, and so N + STAGE2 · passes · (σ² + b² + noise) is to be least. A
-    large batch needs fewer steps anyway, and so a smaller N than this.
+    policy's own value on average, and noise the variance of V̂*. All three are π_ref's, as training begins. At worst the
+    steps needed grow likewise, and then N + STAGE2 · passes · (σ² + b² + noise) is to be least. So it is a bound from
+    above: where a batch averages the noise away, or the rate sets the pace, fewer will do (experiments/samples.py).
     """
     rewards = np.asarray(rewards)
     now = rewards.shape[1]
@@ -271,9 +271,9 @@ def summary(rows, beta1, rate=None, own=None):
     ]
     if n > 1 and rewards.std(1).any():
         share, best = advise(rewards, beta1)
-        lines.append(f"N                 V̂*'s noise is {share:.0%} of the gradient's variance; cheapest for Stage 2's "
-                     + ", ".join(f"{passes} passes: {best_n}" for passes, best_n in best.items())
-                     + " (--samples; answers that exist are kept)")
+        lines.append(f"N                 V̂*'s noise makes {share:.0%} of the gradient's variance; more than "
+                     + ", ".join(f"{few} for {passes}" for passes, few in best.items())
+                     + " passes of Stage 2 would be dearer (--samples; answers that exist are kept)")
     other = not np.isin(rewards, (0, 1)).all()
     if other:
         lines.insert(2, f"reward            {rewards.mean():.3f} on average; right is what earns at least 1")
