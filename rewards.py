@@ -313,9 +313,9 @@ class Reading(NamedTuple):
 
 # Some characters mark what the next steps need: \x01 and \x02 the ends of \text{…}, \x03 a \\, \x04 a dollar, ¶ a ①.
 SIGNS = str.maketrans("−–—×·⋅∗÷⁄’′∶\u00a0", "---****//'': ") | str.maketrans(dict(zip(
-    "π∞°θαβ√≤≥≠∪∩±∈≈²³½¼¾①②③④⑤⑥⑦⑧⑨\u200b",
+    "π∞°θαβ√≤≥≠∪∩±∈≈²³½¼¾①②③④⑤⑥⑦⑧⑨\u200b″",
     r"\pi |\infty |^\circ |\theta |\alpha |\beta |\sqrt |\le |\ge |\ne |\cup |\cap |\pm |\in |\approx |"
-    "^2|^3| 1/2| 1/4| 3/4|1¶|2¶|3¶|4¶|5¶|6¶|7¶|8¶|9¶|".split("|"))))
+    "^2|^3| 1/2| 1/4| 3/4|1¶|2¶|3¶|4¶|5¶|6¶|7¶|8¶|9¶||''".split("|"))))
 WORDS = (  # what is counted; but three hundreds are not 3
     r"(?![a-z]*(?:less|eds|ands|lions|zens|tens|scores|halves|thirds|quarters|(?:if|ix|ven|gh|in|ten|ed|and)ths)\b)"
     r"([a-z]{3,}s|men|women|children|mice)")
@@ -355,7 +355,8 @@ prime ← \^\s*\{?\s*\\prime\s*\}? ← '
 ^ ← (?<=\b[fgh])\^\s*\{\s*-\s*1\s*\}(?=\s*\() ← _{-1} ← f^{-1} is a name
 circ ← \^\s*\{?\s*\\circ\s*\}? ← \\degree\040
 degree ← \\degree\s*\001?\s*([CF])\s*\002?$ ← \001\1\002 ← °C
-degree ← (\d+)\s*\\degree\s*(\d+)\s*'(?!') ← (\1+\2/60)\\degree ← 30^\circ 15'
+degree ← (\d+)\s*\\degree\s*(\d+)\s*'(?!')\s*(\d+)\s*(?:''|") ← (\1+\2/60+\3/3600)\\degree ← 30^\circ 15' 36''
+degree ← (\d+)\s*\\degree\s*(\d+)\s*'(?!') ← (\1+\2/60)\\degree
 degree ← ((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree ← \1\\frac{\\pi}{180} ← \sin 30^\circ
 degree ← ((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree ← \1\\frac{\\pi}{180}
 degree ← \\degree\s*(?=[,)\]<>+=-]|\\[lg]|[kmn]\b|\001?\s*(?:and|or)\b) ← ← 0^\circ < x < 90^\circ

@@ -2312,6 +2312,7 @@ EQUAL = [  # both ways round
     (r"60^\circ", r"\frac{\pi}{3}"),
     (r"x = 30^\circ, 150^\circ", r"\frac{\pi}{6}, \frac{5\pi}{6}"),
     (r"30^\circ 15'", r"30.25^\circ"),
+    (r"30^\circ 15' 36''", r"30.26^\circ"), ("30°15′36″", r"30.26^\circ"),
     (r"\sin 30^\circ", r"\frac12"),
     (r"\sin(30^\circ+60^\circ)", "1"),
     (r"(30^\circ, 60^\circ)", "(30,60)"),
@@ -2562,6 +2563,7 @@ DIFFERENT = [  # both ways round
     ("60", r"\frac{\pi}{3}"),
     ("60 degrees", "60 radians"),
     (r"30^\circ 15'", r"30.15^\circ"),
+    (r"30^\circ 15' 36''", r"30.85^\circ"),  # seconds, no minutes
     (r"\sin 30^\circ", r"\sin 30"),
     (r"\sin(x+30^\circ)", r"\sin(x+30)"),
     # ratios upside down, of other things
