@@ -672,6 +672,7 @@ def test_batch_equals_one_by_one(kind):
     assert {c.finished for copies in together for c in copies} == {True, False}
     # a smaller N is a prefix of a larger one
     assert tokens(sampler_of(model).generate(prompts, 2, seeds)) == [copies[:2] for copies in tokens(together)]
+    assert tokens(sampler_of(model).generate(prompts, 4, seeds, 2)) == [copies[2:] for copies in tokens(together)]
     for prompt, copies in zip(prompts, together):  # the log-probs are those of a plain forward pass without padding
         for copy in copies:
             logits = model(torch.tensor([prompt + copy.tokens])).logits[0, len(prompt) - 1 : -1]
@@ -994,6 +995,7 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     args.samples, asked[:] = n + 8, []
     vstar.sample_all(args, rows, tokenizer, [0], "cpu")
     assert asked == [(32, n)] * 3 + [(4, n)] and {len(row["rewards"]) for row in read_jsonl(args.out)} == {n + 8}
+    assert {len(row[key]) for row in vstar.read_rows(args.out, n) for key in ("rewards", "lengths", "responses")} == {n}
     args.out, asked[:], real, read = tmp_path / "w.jsonl", [], vstar.answered, []
     monkeypatch.setattr(vstar, "remove", lambda path: None)
     monkeypatch.setattr(vstar, "WORLD", 8)  # all read what exists before one writes; the first merges in the end
@@ -3192,7 +3194,7 @@ def test_model_without_weights_and_torn_answers(tmp_path):
     inside(*command)
     (path,) = (tmp_path / "p").glob("*test.jsonl.jsonl")
     path.write_text(path.read_text()[:-40])
-    refused(inside(*command, check=False), path.name, "line 96", "--overwrite")
+    refused(inside(*command, check=False), path.name, "line 96", "remove it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

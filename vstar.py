@@ -140,8 +140,7 @@ NO_ANSWERS = dict(rewards=[], lengths=[], finished=[], responses=[], tokens=[]) 
 def answered(out):
     """{id: row}, all answers that exist: those of the file, and those of a run that was killed."""
     paths = [path for path in (out, *parts_of(out).glob("*.jsonl")) if path.exists()]
-    remedy = "remove it, and the same command samples these answers again"
-    rows = [row for path in paths for row in read_rows(path, remedy=remedy)]
+    rows = [row for path in paths for row in read_rows(path)]
     return {row["id"]: row for row in sorted(rows, key=lambda row: len(row["rewards"]))}  # the most of each prompt
 
 
@@ -927,7 +926,7 @@ def fingerprint(model, problems=(), reward=None):
     return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
 
 
-def read_rows(path, n=None, remedy="--overwrite makes the file anew"):
+def read_rows(path, n=None):
     """The rows that sample_all wrote, with the first n answers of each."""
     rows = []
     with open(path, encoding="utf-8") as file:
@@ -937,7 +936,8 @@ def read_rows(path, n=None, remedy="--overwrite makes the file anew"):
                 rows.append(row | {key: row[key][:n] for key in NO_ANSWERS.keys() & row})
                 row["vstar"]
             except (ValueError, KeyError, TypeError):
-                fail(f"{path}, line {number}: torn or not a row of answers; {remedy}")
+                fail(f"{path}, line {number}: torn or not a row of answers; remove it, and the command that made it "
+                     "samples these answers again")
     return rows
 
 
