@@ -33,13 +33,14 @@ def train_small(folder, characters, demonstration, sums, **flags):
 # both stages over seeds
 
 
-def make_parser(description, folder, script, steps, max_new_tokens):
-    """FOLDER holds world/, train.jsonl and test.jsonl; the script, its function `reward`. Rates are tiny/'s."""
+def make_parser(description, folder, script, steps, asked):
+    """FOLDER holds world/, train.jsonl and test.jsonl; the script, its function `reward`. asked: vstar.py's flags that
+    say how. Rates are tiny/'s."""
     parser = lab.make_parser(description, steps=steps)
     script = Path(script).relative_to(lab.ROOT)
     parser.set_defaults(
-        stage1=f"--model={folder}/world --data={folder}/train.jsonl --reward={script}:reward --prompt={{question}} "
-               f"--max_new_tokens={max_new_tokens} --decode_rows=1024",
+        stage1=shlex.join([f"--model={folder}/world", f"--data={folder}/train.jsonl", f"--reward={script}:reward",
+                           *asked, "--decode_rows=1024"]),
         train=f"@tiny/train.args --eval_data={folder}/test.jsonl --eval_every=5")
     return parser
 
@@ -50,43 +51,52 @@ def write(path, rows):
     path.write_text("".join(json.dumps(dict(id=f"{path.stem}/{i:04d}", **row)) + "\n" for i, row in enumerate(rows)))
 
 
-def experiment(args, name, folder):
-    """Both stages from each seed, and what becomes of sums → experiments/results/NAME.json, .png"""
-    before = sums(args, folder / "before", folder / "world")
-    runs = lab.side_by_side(args, [lambda seed=seed: one(args, folder / str(seed), seed) for seed in range(args.seeds)])
+def experiment(args, name, folder, others=()):
+    """Both stages from each seed, and what becomes of sums and of `others` → experiments/results/NAME.json, .png
+
+    others: {what: evaluate.py's flags}, other problems on which the task does not train
+    """
+    others = dict(others, sums=["--data=tiny/test.jsonl", "--prompt={question}", "--max_new_tokens=64", "--samples=4"])
+    before = untrained(args, folder / "before", folder / "world", others)
+    calls = [lambda seed=seed: one(args, folder / str(seed), seed, others) for seed in range(args.seeds)]
+    runs = lab.side_by_side(args, calls)
     settings = {key: value for key, value in vars(args).items() if key not in ("launch", "jobs")}
-    lab.save(name, settings=settings, sums_before=before, runs=dict(enumerate(runs)))
+    lab.save(name, settings=settings, before=before, runs=dict(enumerate(runs)))
     draw(name, runs, before)
     for seed, run in enumerate(runs):
         print(f"seed {seed}: held-out accuracy {run['before']:.3f} → {run['after']:.3f} in {run['seconds']:.0f} s; "
-              f"sums {before['accuracy']:.3f} → {run['sums']['accuracy']:.3f}")
+              + ", ".join(f"{other} {before[other]['accuracy']:.3f} → {run['untrained'][other]['accuracy']:.3f}"
+                          for other in others))
 
 
-def one(args, out, seed):
+def one(args, out, seed, others):
     first = lab.stage1(args, out, f"--seed={seed}", threads=1)
     curve = [{key: round(row[key], 4) for key in ("step", "accuracy", "reward", "length", "kl") if key in row}
              for row in lab.train(args, out, first, f"--seed={seed}", threads=1)]
     seconds = sum(float((lab.ROOT / out / f"{script}.seconds").read_text()) for script in ("vstar", "train"))
     return dict(before=curve[0]["accuracy"], after=curve[-1]["accuracy"], seconds=round(seconds, 1),  # with evaluations
-                sums=sums(args, out, out / "run/model"), curve=curve)
+                untrained=untrained(args, out, out / "run/model", others), curve=curve)
 
 
-def sums(args, out, model):
-    """The embedded world's held-out problems, on which no task trains. For each number of digits also the share of
-    answers that are worked, and how many of those are right."""
-    flags = ["--prompt={question}", "--samples=4", "--max_new_tokens=64", "--decode_rows=1024", f"--out={out}/eval"]
-    lab.run(args, "evaluate", lab.ROOT / out, "eval/results.json", f"--model={model}", "--data=tiny/test.jsonl", *flags,
-            threads=1)
-    ((found,),) = (sets.values() for sets in json.loads((lab.ROOT / out / "eval/results.json").read_text()).values())
-    found = {key: round(found[key], 4) for key in ("accuracy", "length", "finished")}
-    (rows,) = map(lab.read, (lab.ROOT / out / "eval").glob("*.jsonl.jsonl"))
+def untrained(args, out, model, others):
+    """Each of the others, measured; of sums for each number of digits also the share of answers that are worked, and
+    how many of those are right."""
+    measured = {}
+    for other, flags in others.items():
+        folder = lab.ROOT / out / f"eval-{other}"
+        lab.run(args, "evaluate", folder, "results.json", f"--model={model}", *flags, "--decode_rows=1024",
+                f"--out={folder}", threads=1)
+        ((found,),) = (sets.values() for sets in json.loads((folder / "results.json").read_text()).values())
+        measured[other] = {key: round(found[key], 4) for key in ("accuracy", "length", "finished")}
+    (rows,) = map(lab.read, folder.glob("*.jsonl.jsonl"))  # of the sums, which are the last
     for digits in sorted({row["question"].index("+") for row in rows}):
         answers = [pair for row in rows if row["question"].index("+") == digits
                    for pair in zip(row["rewards"], row["responses"])]
         right, worked = [right for right, _ in answers], [right for right, response in answers if ";" in response]
-        found[digits] = dict(accuracy=round(sum(right) / len(right), 4), worked=round(len(worked) / len(right), 4),
-                             worked_accuracy=round(sum(worked) / max(1, len(worked)), 4))
-    return found
+        measured[other][digits] = dict(accuracy=round(sum(right) / len(right), 4),
+                                       worked=round(len(worked) / len(right), 4),
+                                       worked_accuracy=round(sum(worked) / max(1, len(worked)), 4))
+    return measured
 
 
 def draw(name, runs, before):
@@ -96,9 +106,8 @@ def draw(name, runs, before):
             for run in runs:
                 axis.plot(*zip(*((row["step"], row[key]) for row in run["curve"] if key in row)), linewidth=1)
             axis.set(title=title, xlabel="step")
-        labels = ["π_ref", *(f"seed {seed}" for seed in range(len(runs)))]
-        axes[0, 3].bar(labels, [found["accuracy"] for found in (before, *(run["sums"] for run in runs))], color="0.6")
-        axes[0, 3].tick_params(axis="x", rotation=45)
-        axes[0, 3].set_title("accuracy on sums, not trained on")
+        for found, style in ((before, "ko"), *((run["untrained"], "x") for run in runs)):
+            axes[0, 3].plot([*found], [other["accuracy"] for other in found.values()], style)
+        axes[0, 3].set(title="what is not trained on (●: before)", xlim=(-0.5, len(before) - 0.5))
         for axis in axes[0, [0, 3]]:
             axis.set_ylim(0, 1)

@@ -1,15 +1,14 @@
 """Tic-tac-toe: the game, its reward, the split, and both stages at toy size."""
 
-import json
 import random
-import sys
 
 import pytest
 
 from experiments.tasks import tictactoe
+from experiments.tasks.test_countdown import at_toy_size
 from experiments.tasks.tictactoe import LINES, canonical, cells, free, lost, optimal, play, split, value, worked
 from rewards import final_answers, load_reward
-from test_apo import inside, whole
+from test_apo import whole
 
 SIDES = split(random.Random(0))
 HOSTILE = ["", "7", "####", "}" * 99, "\\boxed{", "\\boxed{" * 5000, "\\boxed{\\boxed{7}", "\ud800\\boxed{\ud800}",
@@ -93,28 +92,6 @@ def test_worked_demonstrations_are_right_unless_they_slip():
 
 @whole
 def test_both_stages_at_toy_size(tmp_path, monkeypatch):
-    from experiments import lab
-
-    def run(args, script, out, done, *flags, threads):
-        """In this process; a model that has learned nothing never ends an answer, so few sums are enough."""
-        inside(f"{script}.py", *map(str, flags), *(["--limit=8"] if script == "evaluate" else []))
-        (out / f"{script}.seconds").write_text("1")
-        assert (out / done).exists()
-
-    monkeypatch.setattr(lab, "RESULTS", tmp_path)
-    monkeypatch.setattr(lab, "machine", dict)
-    monkeypatch.setattr(lab, "run", run)
-    monkeypatch.setattr(lab, "side_by_side", lambda args, calls: [call() for call in calls])
-    monkeypatch.setattr(tictactoe, "FOLDER", tmp_path / "runs")
-    monkeypatch.setattr(sys, "argv", ["tictactoe", "--lessons=30", "--steps=2", "--seeds=1", "--jobs=1"])
     monkeypatch.setattr(tictactoe, "split", lambda rng: [boards[:40] for boards in SIDES])
-    tictactoe.main()
-    found = json.loads((tmp_path / "tictactoe.json").read_text())
-    seed = found["runs"]["0"]
-    assert [row["step"] for row in seed["curve"]] == [0, 1, 2] and (tmp_path / "tictactoe.png").exists()
-    assert seed["sums"].keys() == found["sums_before"].keys() >= {"accuracy", "length", "2", "3"}
-    stage1 = json.loads((tmp_path / "runs/0/vstar.config.json").read_text())["settings"]
-    assert stage1["reward"] == "experiments/tasks/tictactoe.py:reward" and stage1["model"] == f"{tmp_path}/runs/world"
-    # the sums were put to π_ref before, and to the trained model after
-    for out, model in ("before", "world"), ("0", "0/run/model"):
-        assert [*json.loads((tmp_path / f"runs/{out}/eval/results.json").read_text())] == [f"{tmp_path}/runs/{model}"]
+    found = at_toy_size(tictactoe, tmp_path, monkeypatch)
+    assert found["runs"]["0"]["untrained"]["sums"].keys() == found["before"]["sums"].keys() >= {"accuracy", "2", "3"}

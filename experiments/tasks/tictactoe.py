@@ -123,7 +123,8 @@ def main():
     from experiments import lab  # not above: a reward should load without torch
     from experiments.tasks import small
 
-    parser = small.make_parser(__doc__, FOLDER, __file__, steps=60, max_new_tokens=48)
+    asked = ["--prompt={question}", "--max_new_tokens=48"]
+    parser = small.make_parser(__doc__, FOLDER, __file__, 60, asked)
     parser.add_argument("--lessons", type=int, default=1600, help="supervised steps of π_ref")
     args, folder = parser.parse_args(), lab.ROOT / FOLDER
     learned, held_out = split(random.Random(0))
