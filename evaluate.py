@@ -62,6 +62,8 @@ def main():
                 one = copy(args)
                 one.model, one.data = model, data
                 one.out = args.out / (re.sub(r"[^\w.-]+", "_", f"{model}--{data}").strip("_.") + ".jsonl")
+                if one.out in [other.out for other, *_ in work]:
+                    fail(f"--model, --data: {model} and {data} were named before, perhaps in another way")
                 work.append((one, *prepare(one)))
         if RANK == 0:
             for one, problems, *_ in work:

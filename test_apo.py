@@ -599,8 +599,9 @@ def test_summary_warns():
     assert "warning" not in vstar.summary(mixed, 0.5)
     assert "no right answer" in vstar.summary([row([0.0] * 8)] * 19 + mixed[8:9], 0.5)
     assert "cut off" in vstar.summary([row(r["rewards"], False) for r in mixed], 0.5)
-    assert "too small for β1" in vstar.summary([row(r["rewards"][3:5]) for r in mixed[4:5]], 0.25)
-    assert "too small for β1" in vstar.summary([row(r["rewards"][:1]) for r in mixed], 0.5)
+    one = vstar.summary([row(r["rewards"][:1]) for r in mixed], 0.5)  # of its own scatter it says nothing, nor a nan
+    assert "warning" not in one and "nan" not in one and "standard error" not in one
+    assert "More answers than 2 for 1, 8 for 10, 8 for 25 passes of" in vstar.summary(mixed, 0.5)
     many = [dict(row([0.0] * 8), id=str(i), answer=r"\frac12", finished=[False] + [True] * 7,
                  responses=["cut"] + [r"so \boxed{see )(}" if i else "so 3"] * 7) for i in range(31)]
     read = vstar.summary(many, 0.5).split("── ")[1:]
@@ -760,6 +761,7 @@ def test_flags(monkeypatch, capsys):
     ("--prompt=Think!", ["--prompt 'Think!'", "no field in braces"]),
     ("--prompt={nums}", ["train/00000", "no field 'nums'"]),
     ("--stop=12", ["--stop '12'", "['1', '2']"]),
+    ("--out=tiny", ["--out tiny", "should end in .jsonl"]),
     ("--reward=nowhere.py:judge", ["nowhere.py", "no such file"]),
     ("--suffix=?", ["unrecognized arguments: --suffix=?"]),
     ("--max_new_tokens=510", ["train/00000", "window of 512"]),
@@ -954,7 +956,7 @@ def test_answers_are_kept_for_another_n(undisturbed, tmp_path):
     process = start(*stage1(out, "--samples=4"))
     wait_until(lambda: list(out.with_suffix(".parts").glob("*.jsonl")), process)
     kill(process)
-    refused(inside(*stage2(out, tmp_path / "run"), check=False), "--samples 4: Stage 1 has 2 answers")
+    refused(inside(*stage2(out, tmp_path / "run"), check=False), "2 answers per prompt, not --samples 4")
     inside(*stage1(out, "--samples=3"))  # some prompts have 4 by now
     assert {len(row["rewards"]) for row in read_jsonl(out)} == {3, 4}
     up = inside(*stage1(out, "--samples=4"))
@@ -972,7 +974,7 @@ def test_answers_are_kept_for_another_n(undisturbed, tmp_path):
 def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     """--decode_rows of them. Each process has work where there are fewer chunks than processes: as in a small
     evaluation on many GPUs."""
-    asked = []
+    asked, real = [], vstar.answered
 
     class Sampler:
         def stream(self, chunks, n):
@@ -996,7 +998,14 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     vstar.sample_all(args, rows, tokenizer, [0], "cpu")
     assert asked == [(32, n)] * 3 + [(4, n)] and {len(row["rewards"]) for row in read_jsonl(args.out)} == {n + 8}
     assert {len(row[key]) for row in vstar.read_rows(args.out, n) for key in ("rewards", "lengths", "responses")} == {n}
-    args.out, asked[:], real, read = tmp_path / "w.jsonl", [], vstar.answered, []
+    monkeypatch.setattr(vstar, "answered", lambda out: {})  # as if other nodes' files did not appear here
+    args.samples = n + 9
+    with pytest.raises(SystemExit):
+        vstar.sample_all(args, rows, tokenizer, [0], "cpu")
+    assert list(tmp_path.glob("v.parts/*.jsonl")) and len(read_jsonl(args.out)) == 100
+    monkeypatch.setattr(vstar, "answered", real)
+    args.samples = n
+    args.out, asked[:], read = tmp_path / "w.jsonl", [], []
     monkeypatch.setattr(vstar, "remove", lambda path: None)
     monkeypatch.setattr(vstar, "WORLD", 8)  # all read what exists before one writes; the first merges in the end
     monkeypatch.setattr(vstar, "answered", lambda out: read.append(out) or (real(out) if len(read) == 9 else {}))
@@ -1660,7 +1669,7 @@ def test_stage2_files(trained):
                                        "samples"]
     assert (out / "curves.png").stat().st_size > 10_000
     settings = json.loads((out / "config.json").read_text())["settings"]
-    assert settings["algorithm"] == "apo" and settings["model"] == "tiny/model" and settings["stage1"]["samples"] == 8
+    assert settings["algorithm"] == "apo" and settings["model"] == "tiny/model" and settings["samples"] == 8
     for words in ("before  held-out accuracy", "after   held-out accuracy", "── step 3: ", "(95 %, 40 problems)"):
         assert words in done.stdout
 
@@ -1844,7 +1853,7 @@ def test_extending_a_run_is_one_long_run(trained, all_rows, tmp_path):
     (["--lr=1e-3", "--beta2=0.5"], ["--lr (was 0.0003, now 0.001)", "--beta2 (was 0.1, now 0.5)", "--overwrite"]),
     (["--beta1=2"], ["--beta1 (was 0.5, now 2.0)"]),
     (["--samples=4"], ["--samples (was 8, now 4)"]),
-    (["--samples=9"], ["--samples 9", "8"]),
+    (["--samples=9"], ["8 answers per prompt, not --samples 9"]),
     (["--eval_data=nowhere.jsonl"], ["nowhere.jsonl"]),
 ])
 def test_stage2_refuses(more, words, trained, all_rows):
@@ -1878,7 +1887,7 @@ def test_beta1_and_samples_are_recomputed_from_the_rewards(all_rows, tmp_path, m
     monkeypatch.setattr(sys, "argv", stage2(all_rows, tmp_path, "--beta1=2", "--samples=4", "--filter=unsolved"))
     args = train.parse_args(train.APO)
     rows, settings = train.read_stage1(args)
-    assert 600 < len(rows) < 1024 and settings["samples"] == 8 and args.model == "tiny/model"
+    assert 600 < len(rows) < 1024 and settings["beta1"] == 0.5 and args.model == "tiny/model"
     for row in rows:
         assert any(row["rewards"][:4]) and len(row["rewards"]) == 4
         assert row["vstar"] == pytest.approx(2 * math.log(np.mean(np.exp(np.array(row["rewards"][:4]) / 2))))
@@ -3164,6 +3173,7 @@ def test_greedy_evaluation(tmp_path):
     (["--temperature=0", "--samples=1", "--reference=tiny/model"], ["without --reference"]),
     (["--limit=0"], ["--limit", "0 is too small"]),
     (["--model=./nowhere"], ["./nowhere", "no such folder"]),
+    (["--model", "tiny/model", "./tiny/model"], ["./tiny/model", "named before"]),  # one file of answers for two
     (["--reward=nowhere.py:judge"], ["nowhere.py", "no such file"]),
     (["--prompt={nums}"], ["test/00000", "no field 'nums'"]),
     (["--stop=12"], ["--stop '12'"]),

@@ -152,7 +152,8 @@ def train(run, rows, held_out, start):
 
         # 4. measure, log, save. A signal to stop ends the run after this step, on all processes alike
         done, last, stop = step + 1, step + 1 == args.steps, log.asked_to_stop()
-        metrics = {"step": done, **numbers[0], **batch_metrics(samples), "grad_norm": numbers[-1]["grad_norm"]}
+        metrics = {"step": done, **numbers[0], **batch_metrics(samples), "grad_norm": numbers[-1]["grad_norm"],
+                   "clipped": sum(some["clipped"] for some in numbers) / len(numbers)}
         if held_out and (last or done % args.eval_every == 0):
             metrics["accuracy"] = accuracy(run, held_out, log)
         log(metrics, samples, given)
@@ -465,7 +466,7 @@ def read_stage1(args):
         fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
     kept = min(len(row["rewards"]) for row in rows)
     if args.samples > kept:
-        fail(f"--samples {args.samples}: Stage 1 has {kept} answers per prompt; there, a larger --samples keeps these")
+        fail(f"{args.vstar}: {kept} answers per prompt, not --samples {args.samples}; vstar.py can add the others")
     for row in rows:
         row["rewards"] = row["rewards"][: args.samples]
         row["vstar"] = float(estimate_vstar(row["rewards"], args.beta1))

@@ -108,7 +108,8 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
     """N graded completions of each prompt, by all processes together, as one file of rows sorted by id, args.out.
 
     The prompts are sampled in chunks, and a chunk is a file that appears whole. Answers that exist are kept: what a
-    killed run has saved, and those of a run with other --samples. They would come out the same, copy by copy.
+    killed run has saved, and those of a run with other --samples, for a copy's random numbers are a function of its
+    number. All prompts of a chunk have equally many.
     Returns the tokens per second of all processes, or None where nothing was left to do.
     """
     # the longest prompts first: what does not fit into memory fails at once, and a chunk's prompts are of like length
@@ -128,7 +129,11 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
         sampler.close()
     barrier(f"sampled {out}")
     if RANK == 0 and parts.exists():
-        write_rows(out, sorted(answered(out).values(), key=lambda row: row["id"]))
+        rows = answered(out)
+        if any(len(rows.get(problem["id"], NO_ANSWERS)["rewards"]) < n for problem in problems):
+            fail(f"{parts}: answers of other processes do not appear there; do all nodes share the folder? The same "
+                 "command goes on from here")
+        write_rows(out, sorted(rows.values(), key=lambda row: row["id"]))
     barrier(f"merged {out}")
     remove(parts)
     return rate
@@ -184,9 +189,9 @@ def vstar_scatter(rewards, beta1, n):
     """Mean and variance of V̂* from n answers, for each prompt; rewards (prompts, N) → (prompts,), (prompts,)
 
     Where rewards are 0 or 1 it is an exact bootstrap, without dice. Of n answers drawn from the N seen, Binomial(n,
-    share of right ones) are right, so both are sums over 0 … n. The N seen scatter less than the truth by (N-1)/N,
-    which is put back. It is good to a tenth for β1 ≥ 0.5 and N ≥ 8. For a smaller β1 the variance is too low: what
-    was never seen cannot be drawn.
+    share of right ones) are right, so both are sums over 0 … n. The variance within N seen answers is too small by the
+    factor (N-1)/N, and is divided by it. For β1 ≥ 0.5 and N ≥ 8 its root is within a tenth of the truth. For a smaller
+    β1 it is too low: what was never seen cannot be drawn.
     """
     rewards = np.asarray(rewards)
     seen, share, right = rewards.shape[1], rewards.mean(1, keepdims=True), np.arange(n + 1)
@@ -207,8 +212,8 @@ def vstar_error(rewards, beta1, n):
     return math.sqrt(vstar_scatter(rewards, beta1, n)[1].mean())
 
 
-# An answer of Stage 2 costs about as much as so many of Stage 1: it is scored by π_ref and trained on, too, and comes
-# in smaller batches
+# Stage 2 spends about so many times as long on an answer as Stage 1: it also scores it under π_ref, trains on it, and
+# samples smaller batches
 STAGE2 = 5
 
 
@@ -216,10 +221,11 @@ def advise(rewards, beta1):
     """How many answers are cheapest? → the share of the gradient's variance that is V̂*'s noise, {passes: N}
 
     On-policy a wrong V̂* makes no bias, however often it is used, because E[∇ ln π] = 0. But it makes variance: that of
-    the gradient grows with E[(r − V̂*)²] = σ² + b² + noise, where σ² is the variance of r, b how far V̂* lies from the
-    policy's own value on average, and noise the variance of V̂*. All three are π_ref's, as training begins. At worst the
-    steps needed grow likewise, and then N + STAGE2 · passes · (σ² + b² + noise) is to be least. So it is a bound from
-    above: where a batch averages the noise away, or the rate sets the pace, fewer will do (experiments/samples.py).
+    the gradient grows with m(N) = E[(r − V̂*)²] = σ² + b² + noise, where σ² is the variance of r, b how far V̂* lies on
+    average from the policy's mean reward, and noise the variance of V̂*. All three are π_ref's, as training begins.
+    Were the steps needed in proportion to m, a prompt would cost N + STAGE2 · passes · m(N) / m(today's N) answers, and
+    that is least at the N returned. It is an upper limit: a large batch, or a small learning rate, averages noise away,
+    and then fewer answers will do (experiments/samples.py).
     """
     rewards = np.asarray(rewards)
     now = rewards.shape[1]
@@ -257,7 +263,6 @@ def summary(rows, beta1, rate=None, own=None):
     accuracy, half = mean_and_interval((rewards >= 1).mean(1))
     finished, length = (np.mean([row[key] for row in rows]) for key in ("finished", "lengths"))
     none, every = np.mean(right == 0), np.mean(right == n)
-    error = {k: vstar_error(rewards, beta1, k) for k in (max(1, n // 2), n, 2 * n)}
     lines = [
         f"prompts {len(rows)}, N {n}, β1 {beta1:g}",
         f"accuracy          {accuracy:.3f} ± {half:.3f} (95 %)",
@@ -266,13 +271,14 @@ def summary(rows, beta1, rate=None, own=None):
         f"finished          {finished:.1%} of the answers",
         f"mean length       {length:.1f} tokens" + (f"      {rate:,.0f} tokens/s" if rate else ""),
         f"mean V̂*           {np.mean(estimate_vstar(rewards, beta1)):.3f}",
-        "standard error    " + ", ".join(f"{e:.3f} at N = {k}" for k, e in error.items()) + "  (of V̂*)",
     ]
-    if n > 1 and rewards.std(1).any():
+    if (rewards != rewards[:, :1]).any():
+        error = ", ".join(f"{vstar_error(rewards, beta1, k):.3f} at N = {k}" for k in (max(1, n // 2), n, 2 * n))
         share, best = advise(rewards, beta1)
-        lines.append(f"N                 V̂*'s noise makes {share:.0%} of the gradient's variance; more than "
-                     + ", ".join(f"{few} for {passes}" for passes, few in best.items())
-                     + " passes of Stage 2 would be dearer (--samples; answers that exist are kept)")
+        lines += [f"standard error    {error}  (of V̂*)",
+                  f"N                 V̂*'s noise is {share:.0%} of the gradient's variance. More answers than "
+                  + ", ".join(f"{few} for {passes}" for passes, few in best.items())
+                  + " passes of Stage 2 would cost more than they save (--samples keeps those that exist)"]
     other = not np.isin(rewards, (0, 1)).all()
     if other:
         lines.insert(2, f"reward            {rewards.mean():.3f} on average; right is what earns at least 1")
@@ -285,9 +291,6 @@ def summary(rows, beta1, rate=None, own=None):
     if finished < 0.9:
         lines.append(f"warning: {1 - finished:.0%} of the answers were cut off and earn 0. Raise --max_new_tokens. If "
                      "they ramble on, the model does not know when to stop: try --chat, another --prompt, or --stop.")
-    if not error[n] < 0.25 * (np.ptp(rewards) or 1):
-        lines.append(f"warning: N = {n} is too small for β1 = {beta1:g}: V̂* is off by {error[n]:.2f}, and rewards are "
-                     f"{rewards.min():g} to {rewards.max():g}. Raise --samples or --beta1.")
     return "\n".join(lines)
 
 
@@ -314,7 +317,7 @@ def histogram(rows, path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the sampler, with two engines: generate(prompts, n, seeds), stream(chunks, n), holding(policy), close()
-# Of the n copies of a prompt the last n - first can be had alone: a copy's dice are its seed's and its number's.
+# It can start at copy `first`: each copy has random numbers of its own, so those before it need not be drawn again.
 
 
 class Completion(NamedTuple):
@@ -881,6 +884,8 @@ def parts_of(out):
 
 def guard_rows(args, problems, free=(), **more):
     """guard_settings for what sample_all writes."""
+    if args.out.suffix != ".jsonl":  # settings, parts and picture have its name, and other endings
+        fail(f"--out {args.out}: the name of a file of rows should end in .jsonl")
     guard_settings(args.out.with_suffix(".config.json"), args, [args.out, parts_of(args.out)], ["samples", *free],
                    **fingerprint(args.model, problems, args.reward), **more)
 

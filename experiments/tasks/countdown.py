@@ -32,7 +32,7 @@ from rewards import REFUSALS, ZERO, final_answers, read, value
 def reward(response: str, row: dict, finished: bool) -> float:
     """1.0 if the last \\boxed{…} is made of `nums`, each at most as often as given, and its exact value is `target`.
 
-    Nothing is computed before its tree was seen to hold + - * / and given numbers alone. An equation, 7*4+9 = 37,
+    Nothing is computed before the left side was seen to hold + - * / and given numbers alone. An equation, 7*4+9 = 37,
     counts by its left side, and all its sides must be the target.
     """
     try:
