@@ -1,0 +1,43 @@
+"""How many answers Stage 1 needs: what is counted and measured."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+import test_apo
+from experiments import samples
+from test_apo import read_jsonl
+
+all_rows = test_apo.all_rows  # a fixture
+
+
+def test_steps_between_two_evaluations():
+    rows = [dict(step=0, accuracy=0.4), dict(step=1), dict(step=4, accuracy=0.6), dict(step=8, accuracy=1.0)]
+    assert samples.steps_to(0.8, rows) == 6 and samples.steps_to(0.6, rows) == 4
+    assert math.isnan(samples.steps_to(0.8, rows[:3]))
+
+
+def test_every_n_gets_the_same_prompts(all_rows, tmp_path):
+    first = tmp_path / "vstar.jsonl"
+    for suffix in (".jsonl", ".config.json"):
+        shutil.copy(all_rows.with_suffix(suffix), first.with_suffix(suffix))
+    few, more = (read_jsonl(samples.first_prompts(first, count)) for count in (10, 20))
+    assert len(few) == 10 and few == more[:10] and few != read_jsonl(first)[:10]
+
+
+def test_the_second_moment_of_the_advantage():
+    """By hand: half of the prompts always right, half right every other time; the mean of n answers."""
+    rewards = np.tile([[1.0, 1.0], [1.0, 0.0]], (50, 1))
+    for n in (1, 4):
+        assert samples.moment(rewards, n, math.inf) == pytest.approx(0.25 + 0.25 / n)
+
+
+def test_a_gradients_variance(all_rows, monkeypatch):
+    """With answers alike, or all gradients as long, the measured and the simple product are one."""
+    monkeypatch.setattr(samples, "CHOICES", (1, 8))
+    monkeypatch.setattr(samples, "MOST", 8)
+    found = samples.gradient(all_rows, count=16)
+    assert found["8"] == [1, 1] and 0 <= found["reward"] <= 1
+    assert found["1"][1] > 1 and found["1"][0] > 0
