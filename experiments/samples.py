@@ -101,7 +101,8 @@ def main():
               + ", ".join(lab.pm(lab.mean_sd(some), 1) for some in row["steps"]))
     trained = max((out / "runs").glob(f"128-*-{everything}-{MOST}/0")) / "run/model"
     gradients = {"π_ref": gradient(firsts[0]), "trained": gradient(firsts[0], trained)}
-    lab.save(args.name, settings=vars(args), seconds=dict(stage1=stage1, stage2=stage2), choices=CHOICES,
+    settings = {key: value for key, value in vars(args).items() if key not in ("launch", "jobs", "steps")}
+    lab.save(args.name, settings=settings, seconds=dict(stage1=stage1, stage2=stage2), choices=CHOICES,
              moments=moments, gradients=gradients, table=table)
     draw(args.name, table)
 
@@ -154,7 +155,10 @@ def gradient(first, model=None, beta1=0.5, count=256):
         apart = (np.array([reward for _, reward in graded]) - mean) ** 2 + noise
         found[n] = np.mean(apart * squares), apart.mean() * np.mean(squares)
     shares = {str(n): [round(float(value / last), 4) for value, last in zip(found[n], found[MOST])] for n in CHOICES}
-    return dict(reward=float(np.mean([reward for _, reward in graded])), **shares)
+    right = np.array([reward for _, reward in graded]) >= 1
+    squares = {name: round(float(np.mean(np.array(squares)[some])), 1)
+               for name, some in dict(right=right, wrong=~right).items()}
+    return dict(accuracy=float(right.mean()), squares=squares, **shares)
 
 
 def draw(name, table):

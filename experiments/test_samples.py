@@ -39,5 +39,5 @@ def test_a_gradients_variance(all_rows, monkeypatch):
     monkeypatch.setattr(samples, "CHOICES", (1, 8))
     monkeypatch.setattr(samples, "MOST", 8)
     found = samples.gradient(all_rows, count=16)
-    assert found["8"] == [1, 1] and 0 <= found["reward"] <= 1
+    assert found["8"] == [1, 1] and 0 <= found["accuracy"] <= 1 and found["squares"]["wrong"] > 0
     assert found["1"][1] > 1 and found["1"][0] > 0
