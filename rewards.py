@@ -255,9 +255,9 @@ def make_prompt(tokenizer, problem, template, chat, chat_args=None):
     text, fields = re.subn(r"\{([A-Za-z_]\w*)\}", field, template)
     if not fields:
         fail(f"--prompt {template!r}: it asks all the same, for it has no field in braces such as {{question}}")
-    if not chat and chat_args:
-        fail("--chat_args: they are for the template that --chat asks in")
     if not chat:
+        if chat_args:
+            fail("--chat_args: they are for the template that --chat asks in")
         return text
     if not tokenizer.chat_template:
         fail("--chat: this tokenizer has no chat template")

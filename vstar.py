@@ -217,25 +217,25 @@ def vstar_error(rewards, beta1, n):
 STAGE2 = 5
 
 
+def second_moment(rewards, beta1, n):
+    """E[(r − V̂*)²] = σ² + b² + noise for π_ref and n answers, and the noise alone: σ² is the variance of r, b how far
+    V̂* lies on average from the mean reward, and noise the variance of V̂*."""
+    rewards = np.asarray(rewards)
+    mean, noise = vstar_scatter(rewards, beta1, n)
+    return rewards.var(1, ddof=1).mean() + ((mean - rewards.mean(1)) ** 2).mean() + noise.mean(), noise.mean()
+
+
 def advise(rewards, beta1):
     """How many answers are cheapest? → the share of the gradient's variance that is V̂*'s noise, {passes: N}
 
     On-policy a wrong V̂* makes no bias, however often it is used, because E[∇ ln π] = 0. But it makes variance: that of
-    the gradient grows with m(N) = E[(r − V̂*)²] = σ² + b² + noise, where σ² is the variance of r, b how far V̂* lies on
-    average from the policy's mean reward, and noise the variance of V̂*. All three are π_ref's, as training begins.
-    Were the steps needed in proportion to m, a prompt would cost N + STAGE2 · passes · m(N) / m(today's N) answers, and
-    that is least at the N returned. It is an upper limit: a large batch, or a small learning rate, averages noise away,
-    and then fewer answers will do (experiments/samples.py).
+    the gradient grows with the second moment m(N) of r − V̂*, here as training begins. Were the steps needed in
+    proportion to m, a prompt would cost N + STAGE2 · passes · m(N) / m(today's N) answers, and that is least at the N
+    returned. It is an upper limit: a large batch, or a small learning rate, averages noise away, and then fewer answers
+    will do (experiments/samples.py).
     """
-    rewards = np.asarray(rewards)
-    now = rewards.shape[1]
-
-    def second_moment(n):
-        mean, noise = vstar_scatter(rewards, beta1, n)
-        return rewards.var(1, ddof=1).mean() + ((mean - rewards.mean(1)) ** 2).mean() + noise.mean(), noise.mean()
-
-    (total, noise), choices = second_moment(now), [1 << k for k in range(7)]
-    moments = {n: second_moment(n)[0] / total for n in choices}
+    (total, noise), choices = second_moment(rewards, beta1, len(rewards[0])), [1 << k for k in range(7)]
+    moments = {n: second_moment(rewards, beta1, n)[0] / total for n in choices}
     cost = lambda n, passes: n + STAGE2 * passes * moments[n]
     return noise / total, {passes: min(choices, key=lambda n: cost(n, passes)) for passes in (1, 10, 25)}
 

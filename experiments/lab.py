@@ -33,14 +33,15 @@ PHASES = ("sampling", "reference", "update")  # of a step; evaluations and check
 
 def make_parser(description, steps=None, seeds=5):
     """A parser, and with `steps` the flags of runs: toy size by default; --stage1, --train and --launch make it a real
-    model on real GPUs."""
+    model on real GPUs. 0: the script has steps of its own, so there is no such flag."""
     parser = ArgumentParser(description=description.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    if steps:
+    if steps is not None:
         add = parser.add_argument
         add("--stage1", default="@tiny/vstar.args", help="vstar.py's flags")
         add("--train", default="@tiny/train.args", help="train.py's flags, before those that the experiment varies")
         add("--launch", default=sys.executable, help="what starts a script, for example 'torchrun --nproc_per_node 8'")
-        add("--steps", type=int, default=steps)
+        if steps:
+            add("--steps", type=int, default=steps)
         add("--seeds", type=int, default=seeds)
         add("--jobs", type=int, default=2, help="untimed runs at a time, each with one thread (1 on GPUs)")
     return parser
@@ -98,6 +99,11 @@ def side_by_side(args, calls):
 def read(path):
     """A .jsonl"""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_world(flags, out):
+    """A world of its own, by tiny/make.py's flags."""
+    subprocess.run([sys.executable, "tiny/make.py", *shlex.split(flags), f"--out={out}"], cwd=ROOT, check=True)
 
 
 def problems(path, count, digits, operator, seed, but=()):

@@ -10,10 +10,6 @@ Seconds and tokens are those of the steps and of every round's Stage 1. Restarta
 again.
 """
 
-import shlex
-import subprocess
-import sys
-
 import numpy as np
 
 from experiments import lab
@@ -31,8 +27,7 @@ def main():
                         help="tiny/make.py's flags")
     args = parser.parse_args()
     if WORLD in args.stage1 and not (lab.ROOT / WORLD / "vstar.args").exists():
-        command = [sys.executable, "tiny/make.py", *shlex.split(args.world), f"--out={WORLD}"]
-        subprocess.run(command, cwd=lab.ROOT, check=True)
+        lab.make_world(args.world, WORLD)
 
     def reference(seed):
         return lab.stage1(args, f"out/rounds/stage1/{seed}", f"--seed={seed}", threads=1)

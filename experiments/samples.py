@@ -16,10 +16,7 @@ runs: a busy machine does not move the optimum. What is in out/samples/ is not r
 import json
 import math
 import random
-import shlex
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +27,7 @@ import vstar
 from experiments import lab
 from experiments.compare import stage1_cost
 
+BETA1 = 0.5  # Stage 1's default
 MOST = 32  # answers; every run takes the first N of these
 CHOICES = (1, 2, 8, 32)
 PACES = {  # batch and rate: steps, enough for --reach, and steps between evaluations
@@ -40,23 +38,17 @@ PACES = {  # batch and rate: steps, enough for --reach, and steps between evalua
 
 
 def main():
-    parser = lab.make_parser(__doc__)
+    parser = lab.make_parser(__doc__, steps=0)
     add = parser.add_argument
-    add("--stage1", default="@tiny/vstar.args", help="vstar.py's flags")
-    add("--train", default="@tiny/train.args", help="train.py's flags")
     add("--world", help="tiny/make.py's flags, of a world to be made for these")
     add("--name", default="samples", help="of the results")
     add("--reach", type=float, default=0.8, help="the accuracy to which steps are counted")
     add("--passes", type=int, nargs="+", default=[1, 10, 30])
     add("--paces", nargs="+", default=list(PACES), choices=PACES)
-    add("--launch", default=sys.executable)
-    add("--seeds", type=int, default=5)
-    add("--jobs", type=int, default=2)
     args = parser.parse_args()
     args.steps, out = 0, lab.ROOT / "out" / args.name  # each batch size has its own number of steps
     if args.world and not (out / "world/vstar.args").exists():
-        command = [sys.executable, "tiny/make.py", *shlex.split(args.world), f"--out={out}/world"]
-        subprocess.run(command, cwd=lab.ROOT, check=True)
+        lab.make_world(args.world, out / "world")
 
     def reference(seed):
         return lab.stage1(args, out / f"stage1/{seed}", f"--samples={MOST}", f"--seed={seed}", threads=1)
@@ -89,7 +81,7 @@ def main():
             table[f"{pace} {passes}"] = dict(pace=pace, batch=batch, passes=passes, prompts=prompts, steps=steps)
             stage2.append(seconds)
     stage2 = float(np.median(stage2))
-    moments = {n: moment(rewards, n) for n in CHOICES}
+    moments = {n: float(vstar.second_moment(rewards, BETA1, n)[0]) for n in CHOICES}
     for key, row in table.items():
         steps = np.nanmean(row["steps"], axis=1)
         predicted = steps[-1] * np.array([moments[n] / moments[MOST] for n in CHOICES])
@@ -126,13 +118,7 @@ def first_prompts(first, count):
     return out
 
 
-def moment(rewards, n, beta1=0.5):
-    """E[(r − V̂*)²] for π_ref: σ² + b² + noise"""
-    mean, noise = vstar.vstar_scatter(rewards, beta1, n)
-    return float(rewards.var(1, ddof=1).mean() + ((mean - rewards.mean(1)) ** 2).mean() + noise.mean())
-
-
-def gradient(first, model=None, beta1=0.5, count=256):
+def gradient(first, model=None, count=256):
     """E[(r − V̂*)² |∇ ln π|²] over one answer of each of some prompts, beside E[(r − V̂*)²] · E[|∇ ln π|²], for each N:
     how many times what it is at the largest. The dice of V̂* are summed out. model: what answers, by default π_ref"""
     args = SimpleNamespace(**json.loads(first.with_suffix(".config.json").read_text())["settings"], out=first)
@@ -151,7 +137,7 @@ def gradient(first, model=None, beta1=0.5, count=256):
         squares.append(sum(float((p.grad**2).sum()) for p in policy.parameters() if p.grad is not None))
     found = {}
     for n in CHOICES:
-        mean, noise = vstar.vstar_scatter(np.array([row["rewards"] for row in rows]), beta1, n)
+        mean, noise = vstar.vstar_scatter(np.array([row["rewards"] for row in rows]), BETA1, n)
         apart = (np.array([reward for _, reward in graded]) - mean) ** 2 + noise
         found[n] = np.mean(apart * squares), apart.mean() * np.mean(squares)
     shares = {str(n): [round(float(value / last), 4) for value, last in zip(found[n], found[MOST])] for n in CHOICES}

@@ -8,9 +8,6 @@ of the trained kind, on longer sums and on subtraction. Restartable: what is in 
 """
 
 import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +26,7 @@ def main():
     folder = lab.ROOT / "out/transfer"
     world = folder / "world"
     if not (world / "vstar.args").exists():
-        command = [sys.executable, "tiny/make.py", *shlex.split(args.world), f"--out={world}"]
-        subprocess.run(command, cwd=lab.ROOT, check=True)
+        lab.make_world(args.world, world)
     data = lab.problems(folder / "plus.jsonl", 1024, [2, 3, 4], "+", 1)
     tests = dict(trained=lab.problems(folder / "trained.jsonl", 512, [2, 3, 4], "+", 2, but=[data]),
                  longer=lab.problems(folder / "longer.jsonl", 512, [5, 6], "+", 3),

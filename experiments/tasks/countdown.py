@@ -114,7 +114,7 @@ def problems(count, seed, **which):
     return found
 
 
-def make_world(folder, steps, train=1024, test=512, **flags):
+def make_world(folder, steps, train=1024, test=512):
     """The problems, and a π_ref that has seen none of those to train on and to test on."""
     from experiments.tasks.small import train_small, write  # torch
 
@@ -125,7 +125,7 @@ def make_world(folder, steps, train=1024, test=512, **flags):
     write(folder / "large.jsonl", problems(test, seed=3, low=13, high=30).values())
     if not (folder / "world/tokenizer_config.json").exists():
         train_small(folder / "world", "0123456789+-*/=;}()[], :", partial(demonstration, but=asked), sums=0.2,
-                    steps=steps, **flags)
+                    steps=steps)
 
 
 def main():
