@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import resource
@@ -804,6 +805,19 @@ def test_each_process_sees_its_own_gpus():
     assert [vstar.own_gpus(None, rank, 1) for rank in range(3)] == ["0", "1", "2"]
     assert [vstar.own_gpus("4,5,6,7", rank, 2) for rank in range(3)] == ["4,5", "6,7", ""]
     assert vstar.own_gpus("GPU-a,GPU-b", 1, 1) == "GPU-b" and vstar.own_gpus("", 0, 1) == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="for CPUs with glibc")
+def test_freed_memory_is_kept():
+    """A large block that is taken again costs no page faults."""
+    vstar.start_process(SimpleNamespace(dtype="auto"))
+    counts = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)  # 64 MB, 16,384 pages
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert counts[1] < 100
+
 
 
 def fill(path, text):

@@ -16,11 +16,13 @@ the same command goes on where it stopped.
 """
 
 import argparse
+import ctypes
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import time
@@ -743,6 +745,9 @@ def start_process(args, gpus_each=1, group=False):
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.init()  # or a device mesh would choose GPU number LOCAL_RANK of the one that is left
+    elif platform.libc_ver()[0] == "glibc":  # keep freed memory: to get large blocks anew takes a tenth of an update
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if gpu else "float32"
     if group:
