@@ -3,6 +3,7 @@
     pip install trl==1.16.0          (for this script alone)
     python -m experiments.speed.peers                   → experiments/results/peers.json       (the embedded world)
     python -m experiments.speed.peers --shape 0.5B --rounds 1 --steps 5      (random weights, a GPU)
+    python -m experiments.speed.peers --model M --data D.jsonl --test T.jsonl --prompt TEMPLATE --name peers-mine
 
 A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its own, and in
 every round the order changes. Seconds are those of the work alone (no imports, no loading): Stage 1, and Stage 2 a
@@ -15,7 +16,6 @@ import argparse
 import inspect
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -42,6 +42,10 @@ def main():
     add("--lr", type=float, default=3e-4)
     add("--limit", type=int, default=1024, help="prompts of Stage 1")
     add("--model", default="tiny/model")
+    add("--data", default="tiny/train.jsonl")
+    add("--test", default="tiny/test.jsonl")
+    add("--prompt", default="{question}")
+    add("--name", help="of the results; default: peers, with --shape peers-SHAPE")
     add("--shape", choices=lab.SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
     add("--microbatch", type=int, help="TRL's per_device_train_batch_size; default: for A*-PO, which samples as many "
         "at a time, the whole batch; for GRPO what fills this code's micro-batches (256 rows with --shape, or 64)")
@@ -50,6 +54,7 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(args)
+    args.name = args.name or "peers" + (f"-{args.shape}" if args.shape else "")
     found = {peer: [] for peer in args.only}
     for turn in range(args.rounds):
         for peer in args.only if turn % 2 == 0 else args.only[::-1]:
@@ -69,14 +74,13 @@ def main():
     written = [line.strip() for part in (trl_a2po, settings, load, problems_of, right)
                for line in inspect.getsource(part).splitlines()[1:]]
     lines = dict(ours=2, trl=sum(bool(line) and line[0] not in "#\"" for line in written))
-    lab.save("peers" + (f"-{args.shape}" if args.shape else ""), medians=middle, trl_over_ours=ratios,
-             lines_a_user_writes=lines)
+    lab.save(args.name, medians=middle, trl_over_ours=ratios, lines_a_user_writes=lines)
     for algorithm, row in ratios.items():
         print(f"TRL over ours, {algorithm}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
 
 
 def one(args, peer, turn, *flags, **environment):
-    out = lab.ROOT / f"out/peers/{args.shape or 'tiny'}/{peer.replace(' ', '-')}-{turn}"
+    out = lab.ROOT / f"out/peers/{args.name}/{peer.replace(' ', '-')}-{turn}"
     if not (out / "result.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "log", "w") as log:
@@ -99,9 +103,9 @@ def child(args):
     result = (ours if code == "ours" else theirs)(args, algorithm, out)
     if not args.shape:
         final = f"{out}/run/model" if code == "ours" else f"{out}/model"
-        command = (f"evaluate.py --model={final} --data=tiny/test.jsonl --prompt={{question}} "
-                   f"--max_new_tokens={args.tokens} --samples=4 --decode_rows=1024 --out={out}/eval")
-        subprocess.run([sys.executable, *shlex.split(command)], cwd=lab.ROOT, check=True)
+        command = ["evaluate.py", f"--model={final}", f"--data={args.test}", f"--prompt={args.prompt}", "--limit=512",
+                   f"--max_new_tokens={args.tokens}", "--samples=4", "--decode_rows=1024", f"--out={out}/eval"]
+        subprocess.run([sys.executable, *command], cwd=lab.ROOT, check=True)
         (found,) = json.loads(Path(out, "eval/results.json").read_text()).values()
         result["accuracy"] = next(iter(found.values()))["accuracy"]
     Path(out, "result.json").write_text(json.dumps(result))
@@ -172,16 +176,15 @@ def ours(args, algorithm, out):
     if args.shape:
         rewards.reward = lab.toss
     # --- what a user types
-    commands = [f"vstar.py --model={args.model} --data=tiny/train.jsonl --prompt={{question}} "
-                f"--max_new_tokens={args.tokens} --decode_rows=1024 --limit={args.limit} --engine=transformers "
-                f"--out={out}/vstar.jsonl",
-                ("train.py" if algorithm == "apo" else f"experiments.baselines {algorithm}") +
-                f" --vstar={out}/vstar.jsonl --beta2=0.1 --lr={args.lr} --warmup=5 --steps={args.steps} "
-                f"--batch_size={args.batch_size} --decode_rows=1024 --engine=transformers "
-                f"--tokens_per_microbatch={16384 if args.shape else 2048} --save_every=100000 --out={out}/run"]
+    first = ["vstar.py", f"--model={args.model}", f"--data={args.data}", f"--prompt={args.prompt}",
+             f"--max_new_tokens={args.tokens}", f"--limit={args.limit}", f"--out={out}/vstar.jsonl"]
+    second = [f"--vstar={out}/vstar.jsonl", "--beta2=0.1", f"--lr={args.lr}", "--warmup=5", f"--steps={args.steps}",
+              f"--batch_size={args.batch_size}", "--save_every=100000", f"--out={out}/run",
+              f"--tokens_per_microbatch={16384 if args.shape else 2048}"]
+    second = ["train.py", *second] if algorithm == "apo" else ["experiments.baselines", algorithm, *second]
     # ---
-    for script, command in zip((vstar, train if algorithm == "apo" else baselines), commands):
-        sys.argv = shlex.split(command)
+    for script, command in zip((vstar, train if algorithm == "apo" else baselines), (first, second)):
+        sys.argv = [*command, "--decode_rows=1024", "--engine=transformers"]
         script.main()
     rows = [row for row in lab.read(Path(out, "run/metrics.jsonl")) if row["step"] > 1]
     mean = lambda *phases: float(np.mean([lab.seconds_of(row, phases) for row in rows]))
@@ -244,8 +247,9 @@ def theirs(args, algorithm, out):
 def problems_of(args):
     from datasets import Dataset
 
-    rows = lab.read(lab.ROOT / "tiny/train.jsonl")[: args.limit]
-    return Dataset.from_list([dict(prompt=row["question"], answer=row["answer"]) for row in rows])
+    rows = lab.read(lab.ROOT / args.data)[: args.limit]
+    return Dataset.from_list([dict(prompt=args.prompt.replace("{question}", row["question"]), answer=row["answer"])
+                              for row in rows])
 
 
 def tossed(completions, **_):
