@@ -435,9 +435,10 @@ class TransformersSampler:
         pad = lambda rows: pad_sequence([torch.tensor(row) for row in rows], True, padding_side="left").to(device)
         ids, mask = pad(prompts), pad([[1] * len(prompt) for prompt in prompts])  # (prompts, width)
         cache = transformers.DynamicCache(config=self.model.config)
-        tokens, lengths = ids.new_zeros(count, limit), ids.new_zeros(count)
-        logps, finished = tokens.float(), lengths.bool()
+        tokens = ids.new_zeros(count, limit)
+        logps = tokens.float()
         rows = torch.arange(count, device=device)  # which completion each row of the batch is writing
+        ended = torch.zeros(count, dtype=torch.bool, device=device)  # the rows of the batch that have written their EOS
         for t in range(limit):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
@@ -447,16 +448,18 @@ class TransformersSampler:
                 logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
             token, logps[rows, t] = draw(logits, uniforms[rows, t], self.temperature)
             tokens[rows, t] = token
-            lengths[rows] += ~finished[rows]  # the EOS counts: it is part of the completion
-            finished[rows] |= torch.isin(token, eos)
-            writing = (~finished[rows]).nonzero()[:, 0]
+            ended |= torch.isin(token, eos)
+            writing = (~ended).nonzero()[:, 0]
             if len(writing) == 0:
                 break
             if len(writing) <= 0.75 * len(rows):  # finished rows leave in groups, because leaving copies the cache
                 cache.batch_select_indices(writing)
-                rows, token, mask = rows[writing], token[writing], mask[writing]
+                rows, token, mask, ended = rows[writing], token[writing], mask[writing], ended[writing]
             ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        ends = torch.isin(tokens, eos)
+        finished = ends.any(-1)
+        lengths = torch.where(finished, ends.int().argmax(-1) + 1, limit)  # the EOS is part of the completion
         written = zip(*(tensor.tolist() for tensor in (tokens, finished, logps, lengths)))
         return batched([Completion(some[:length], ended, logp[:length]) for some, ended, logp, length in written], n)
 
