@@ -363,6 +363,7 @@ degree ← \\degree\s*(?=[,)\]<>+=-]|\\[lg]|[kmn]\b|\001?\s*(?:and|or)\b) ← �
 sq ← \b(?:sq|square)\b\.?\s*(\w+)(\s*\002)?$ ← \1\2^2 ← 5 square cm
 cu ← \b(?:cu|cubic)\b\.?\s*(\w+)(\s*\002)?$ ← \1\2^3
 langle ← \\langle(.*?)\\rangle ← (\1)
+\lim ← ^\\lim(?![a-z])[^=]*=(?=[^=]*$) ← ← \lim_{x \to 0} f(x) = 1
 : ← ([\w.]+)\s*:\s*([\w.]+)\s*:\s*([\w.]+) ← (\1,\2,\3) ← 1:2:3
 : ← ([a-zA-Z]{3,})\s*\002?\s*:\s*\002? ← \1= ← Largest: 5
 infty ← \[(?=\s*-\s*\\infty)|(?<=\\infty)\s*\] ← ? ← no number is infinite
@@ -452,7 +453,7 @@ def split_unit(text):
     r"""'5 cm' → ('5', 'cm'), '90^\circ' → ('90', 'degree'), '\$18' → ('18', 'dollar')."""
     unit = ""
     if match := UNIT_AT_END.search(text):
-        text = text[: match.start()]
+        text = text[: match.start()].replace(match[0] + ",", ",")  # 5 cm, 6 cm
         *names, power = match.groups("")
         name = "".join(names)  # one of them
         unit = UNIT_OF.get(name, name) + power
@@ -600,6 +601,8 @@ class Parser:
             signs, sides = tuple(sign.replace(">", "<") for sign in reversed(signs)), sides[::-1]
         if {*signs} == {"="}:
             signs = ("=",)
+            if is_label(sides[-1]) and not variables(sides[0]):  # 5 = x
+                sides.reverse()
         if signs == ("∈",) and is_label(sides[0]):
             return sides[1]
         return ("relation", signs, *sides) if signs else sides[0]
@@ -796,6 +799,8 @@ def solutions(items, others):
             return members
         case [("relation", ("=",), ("tuple", "()", *names), ("tuple", "()", *numbers))] if len(others) > 1:
             return [("relation", ("=",), *pair) for pair in zip(names, numbers)]
+        case [("relation", ("!=",), name, _) as first, *more] if more and not any(map(variables, more)):
+            return [("where", first, *(("relation", ("!=",), name, number) for number in more))]  # x ≠ -2, 2
         case [_, _, *_] if {tree[0] for tree in items} == {"relation"} and {
                 tree[1] for tree in items} != {("=",)} and len(variables(("where", *items))) == 1:
             return [("where", *items)]

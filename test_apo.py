@@ -2431,6 +2431,18 @@ EQUAL = [  # both ways round
     (r"5\text{ cm}^3", "5 cubic centimeters"),
     ("£5", "5 pounds"),
     (r"25^\circ\text{C}", "25"),
+    # a unit behind each item of a list
+    ("5 cm, 6 cm", "5, 6"),
+    (r"5 \text{ cm}, 6 \text{ cm}", "6 cm and 5 cm"),
+    (r"5\%, 6\%", "0.05, 0.06"),
+    # the name behind the sign, or a limit before it
+    ("5 = x", "5"),
+    (r"\frac12 = y", "y = 0.5"),
+    ("2 = x, 3 = y", "(2,3)"),
+    (r"\lim_{x \to 0} \frac{\sin x}{x} = 1", "1"),
+    # all numbers but some
+    (r"x \ne -2, 2", r"x \ne \pm 2"),
+    (r"x \ne -2, 2", r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)"),
 ]
 DIFFERENT = [  # both ways round
     # signs and sizes
@@ -2665,6 +2677,17 @@ DIFFERENT = [  # both ways round
     ("n", "N"),
     (r"5\text{ cm}^2", "5 cubic cm"),
     (r"25^\circ\text{C}", r"25^\circ\text{F}"),
+    ("5 m, 6 cm", "5, 6"),
+    ("5 cm, 6 cm", "5 cm, 6 m"),
+    (r"5\%, 6", r"5, 6\%"),
+    ("5 = x", "6"),
+    ("5 = x", "x = 6"),
+    ("3 = 4", "4"),
+    ("x + y = z", "x + y"),
+    (r"\lim_{x \to 0} f(x) = 2", "1"),
+    (r"x \ne 2, 3", "2, 3"),
+    (r"x \ne 2, 3", r"x \ne 2"),
+    (r"x \ne 2, 3", r"x \ne 2, x = 3"),
 ]
 
 
