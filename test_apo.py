@@ -809,15 +809,14 @@ def test_each_process_sees_its_own_gpus():
 
 @pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="for CPUs with glibc")
 def test_freed_memory_is_kept():
-    """A large block that is taken again costs no page faults."""
+    """A large block that is taken again and again costs no page faults. (The first two may not fit into one place.)"""
     vstar.start_process(SimpleNamespace(dtype="auto"))
     counts = []
-    for _ in range(2):
+    for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(1 << 24)  # 64 MB, 16,384 pages
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert counts[1] < 100
-
+    assert counts[-1] < 100
 
 
 def fill(path, text):
