@@ -145,8 +145,8 @@ def main():
              runs=runs)
     draw(before, runs)
     for name, run in runs.items():
-        print(f"{name:12s} pass@1 {before['pass@1']:.3f} → {run['pass@1']:.3f}, pass@8 {before['pass@8']:.3f} → "
-              f"{run['pass@8']:.3f}, KL {run['kl']:.2f}, {sum(run['minutes']):.1f} minutes")
+        passes = ", ".join(f"pass@{k} {before[f'pass@{k}']:.3f} → {run[f'pass@{k}']:.3f}" for k in (KS[0], KS[-1]))
+        print(f"{name:12s} {passes}, KL {run['kl']:.2f}, {sum(run['minutes']):.1f} minutes")
 
 
 def draw(before, runs):
