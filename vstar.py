@@ -461,7 +461,7 @@ class TransformersSampler:
         finished = ends.any(-1)
         lengths = torch.where(finished, ends.int().argmax(-1) + 1, limit)  # the EOS is part of the completion
         written = zip(*(tensor.tolist() for tensor in (tokens, finished, logps, lengths)))
-        return batched([Completion(some[:length], ended, logp[:length]) for some, ended, logp, length in written], n)
+        return batched([Completion(some[:length], end, logp[:length]) for some, end, logp, length in written], n)
 
     def stream(self, chunks, n):
         """[(prompts, seeds, first)] → (the chunk's index, its completions) as they are done. Waiting prompts do not

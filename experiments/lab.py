@@ -52,9 +52,8 @@ def make_parser(description, steps=None, seeds=5):
 
 
 def run(args, script, out, done, *flags, threads=None):
-    """A script, or a baseline by its name, unless an earlier start has run it to its end. → wall-clock seconds"""
-    took = out / f"{script}.seconds"
-    if not took.exists():
+    """A script, or a baseline by its name, unless an earlier start has run it to its end."""
+    if not (out / f"{script}.seconds").exists():
         out.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
@@ -64,8 +63,12 @@ def run(args, script, out, done, *flags, threads=None):
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         if code or not (out / done).exists():
             sys.exit(f"{shlex.join(command)} failed; see {log.name}")
-        took.write_text(f"{time.perf_counter() - began:.2f}\n")
-    return float(took.read_text())
+        (out / f"{script}.seconds").write_text(f"{time.perf_counter() - began:.2f}\n")
+
+
+def took(out, script):
+    """The wall-clock seconds of a `run`, evaluations and start included."""
+    return float((ROOT / out / f"{script}.seconds").read_text())
 
 
 def stage1(args, out, *flags, **keywords):

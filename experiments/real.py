@@ -106,8 +106,8 @@ def one(args, way, seed):
     (algorithm, flags), out = WAYS[way], FOLDER / way / str(seed)
     first = lab.stage1(args, FOLDER / f"stage1/{seed}", f"--seed={seed}")
     rows = lab.train(args, out, first, f"--seed={seed}", *flags, algorithm=algorithm)
-    stages = [lab.run(args, "vstar", first.parent, "vstar.png")] * (algorithm == "apo")
-    stages.append(lab.run(args, "train" if algorithm == "apo" else algorithm, out, "run/model"))
+    stages = [lab.took(first.parent, "vstar"), lab.took(out, "train")] if algorithm == "apo" else [
+        lab.took(out, algorithm)]
     last = {key: round(lab.mean(key, rows[-5:]), 4) for key in ("reward", "kl", "entropy", "length")}
     spent = [row["seconds"] for row in rows[2:] or rows[1:]]  # a first step is slower
     return dict(measured(args, out / "eval", out / "run/model"), **last, minutes=[round(s / 60, 2) for s in stages],

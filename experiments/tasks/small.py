@@ -73,7 +73,7 @@ def one(args, out, seed, others):
     first = lab.stage1(args, out, f"--seed={seed}", threads=1)
     curve = [{key: round(row[key], 4) for key in ("step", "accuracy", "reward", "length", "kl") if key in row}
              for row in lab.train(args, out, first, f"--seed={seed}", threads=1)]
-    seconds = sum(float((lab.ROOT / out / f"{script}.seconds").read_text()) for script in ("vstar", "train"))
+    seconds = sum(lab.took(out, script) for script in ("vstar", "train"))
     return dict(before=curve[0]["accuracy"], after=curve[-1]["accuracy"], seconds=round(seconds, 1),  # with evaluations
                 untrained=untrained(args, out, out / "run/model", others), curve=curve)
 
