@@ -486,7 +486,7 @@ def split_unit(text):
 FUNCTIONS = set("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh arcsinh arccosh arctanh "
                 "log ln lg exp".split())
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
-            "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar iota min max angle "
+            "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar min max angle "
             "triangle".split())
 TOKEN = re.compile(
     r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+"  # 1,234.5   8.7e8   .5

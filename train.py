@@ -152,7 +152,7 @@ def train(run, rows, held_out, start):
 
         # 4. measure, log, save. A signal to stop ends the run after this step, on all processes alike
         done, last, stop = step + 1, step + 1 == args.steps, log.asked_to_stop()
-        metrics = {"step": done, **numbers[0], **batch_metrics(samples), "grad_norm": numbers[-1]["grad_norm"],
+        metrics = {"step": done, **numbers[0], **batch_metrics(samples),
                    "clipped": sum(some["clipped"] for some in numbers) / len(numbers)}
         if held_out and (last or done % args.eval_every == 0):
             metrics["accuracy"] = accuracy(run, held_out, log)
@@ -662,13 +662,11 @@ def fail_together(message):
 
 
 def refuse_infinite(broken, norms):
-    """Ends all processes where a loss (`broken`: the ids of its prompts) or a gradient's norm is not finite."""
-    finite = math.isfinite(sum(norms))
-    if sum_over_ranks(len(broken)) or not finite:
+    """Ends all processes where a gradient's norm is not finite. `broken`: this one's prompts whose loss is not."""
+    if not math.isfinite(sum(norms)):
         where = f"the loss of {', '.join(broken[:8])}" if broken else f"the gradient's norm ({norms[0]})"
-        if broken or (RANK == 0 and not finite):
-            fail(f"{where} is not finite; the last checkpoint is whole. Lower --lr, or look at these prompts")
-        raise SystemExit(2)
+        message = f"{where} is not finite; the last checkpoint is whole. Lower --lr, or look at these prompts"
+        fail(message) if broken else fail_together(message)
 
 
 @torch.no_grad()
@@ -711,7 +709,6 @@ def state_of(run):
 def save_checkpoint(run, step):
     """A folder with every process's shards. The two newest stay."""
     out, state = run.args.out, state_of(run)
-    (out / "checkpoint").mkdir(exist_ok=True)
     with written_whole(out / f"checkpoint/{step:08d}", mine=RANK == 0) as aside:
         try:
             dcp.save(state, checkpoint_id=aside)
@@ -727,8 +724,9 @@ def load_checkpoint(run, step):
     folder, state = run.args.out / f"checkpoint/{step:08d}", state_of(run)
     try:
         dcp.load(state, checkpoint_id=folder)
-    except (OSError, ValueError, dcp.CheckpointException) as error:
-        fail(f"{folder} cannot be read ({str(error).strip().splitlines()[0]}); remove it to go on from the one before")
+    except dcp.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        fail(f"{folder} cannot be read ({reason!r}); remove it to go on from the one before")
     set_state_dict(run.trained, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                    options=StateDictOptions(strict=False))  # what is frozen is not there
 
@@ -829,7 +827,6 @@ class Log:
                            f"── {verdict}, the answer is {readable(row['answer'])}; V̂* {row['vstar']:.2f}, "
                            f"advantage {reward - row['vstar']:+.2f}")
             ref_logp = given["ref_logp"].sum(-1).tolist()  # the log-ratio below is the engine's, good to `mismatch`
-            (self.args.out / "samples").mkdir(exist_ok=True)
             write_rows(self.args.out / f"samples/{step:06d}.jsonl", [
                 dict(id=s.row["id"], prompt=s.row["prompt"], response=s.response, reward=s.reward,
                      vstar=s.row["vstar"], log_ratio=sum(s.completion.logps) - ref)

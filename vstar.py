@@ -125,7 +125,6 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
     barrier(f"read {out}")  # before anyone writes
     rate = None
     if work:
-        parts.mkdir(exist_ok=True)
         sampler = make_sampler(args, eos, problems, device)
         rate = WORLD * sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens)
         sampler.close()
@@ -195,7 +194,6 @@ def vstar_scatter(rewards, beta1, n):
     factor (N-1)/N, and is divided by it. For β1 ≥ 0.5 and N ≥ 8 its root is within a tenth of the truth. For a smaller
     β1 it is too low: what was never seen cannot be drawn.
     """
-    rewards = np.asarray(rewards)
     seen, share, right = rewards.shape[1], rewards.mean(1, keepdims=True), np.arange(n + 1)
     more = seen / (seen - 1) if seen > 1 else math.nan  # one answer says nothing of its own scatter
     if not np.isin(rewards, (0, 1)).all():
@@ -222,7 +220,6 @@ STAGE2 = 5
 def second_moment(rewards, beta1, n):
     """E[(r − V̂*)²] = σ² + b² + noise for π_ref and n answers, and the noise alone: σ² is the variance of r, b how far
     V̂* lies on average from the mean reward, and noise the variance of V̂*."""
-    rewards = np.asarray(rewards)
     mean, noise = vstar_scatter(rewards, beta1, n)
     return rewards.var(1, ddof=1).mean() + ((mean - rewards.mean(1)) ** 2).mean() + noise.mean(), noise.mean()
 
@@ -254,7 +251,6 @@ def pass_at_k(rewards, k):
 
 def mean_and_interval(values):
     """The mean and half of its 95 % interval, over prompts (not answers: those of one prompt are not independent)."""
-    values = np.asarray(values)
     return values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -854,6 +850,7 @@ def written_whole(path, mine=True):
     """A file or folder that others read appears whole or not at all: it is written aside, synced and renamed. Where all
     processes write into one folder, only the first has it as `mine`."""
     aside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
         if mine:
@@ -919,7 +916,6 @@ def guard_settings(config, args, made, free=(), **more):
     for path in made:
         if path.exists() and not config.exists():
             fail(f"{path} exists without its {config.name}; --overwrite throws it away")
-    config.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", args.engine)}
     versions["python"] = sys.version.split()[0]
     write_whole(config, json.dumps(dict(settings=settings, samples=args.samples, versions=versions), indent=1) + "\n")
@@ -930,6 +926,8 @@ def fingerprint(model, problems=(), reward=None):
     Of a local model's weights it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
     weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]):
+        if not path.stat().st_size:
+            fail(f"{path} is empty")
         data = np.memmap(path, np.uint8, "r")
         for place in range(0, len(data), max(4096, len(data) // 256)):
             weights.update(data[place : place + 4096])
@@ -942,7 +940,7 @@ def fingerprint(model, problems=(), reward=None):
 def read_rows(path, n=None):
     """The rows that sample_all wrote, with the first n answers of each."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)

@@ -4,10 +4,14 @@
     python -m experiments.compare --launch 'torchrun --nproc_per_node 8' --jobs 1 --rates 1e-6 3e-6 \\
         --betas 1e-3 1e-4 --seeds 3 --steps 300 --stage1 '--model Qwen/Qwen2.5-1.5B --data math' \\
         --train '--eval_data math500'        (a real model)
+    python -m experiments.compare --name compare-tictactoe --keep_sweep --steps 60 --stage1 '--samples 2 \
+        --model out/tasks/tictactoe/world --data out/tasks/tictactoe/train.jsonl --prompt {question} \
+        --reward experiments/tasks/tictactoe.py:reward --max_new_tokens 48 --decode_rows 1024' \
+        --train '@tiny/train.args --eval_data out/tasks/tictactoe/test.jsonl'      (a task, after its own script)
 
 First each algorithm's rate and KL weight are chosen by the same sweep: one seed of its own, the highest mean reward
 over the run. (The reward is that of the training prompts; the held-out problems take no part.) Then every seed is run,
-one at a time, and timed. A*-PO's seconds include its Stage 1. What is in out/compare/ is not run again.
+one at a time, and timed. A*-PO's seconds include its Stage 1. What is in out/NAME/ is not run again.
 """
 
 import json
@@ -30,16 +34,17 @@ def main():
     parser = lab.make_parser(__doc__, steps=50)
     parser.set_defaults(stage1="@tiny/vstar.args --samples=2")  # what vstar.py says to be cheapest for one pass
     add = parser.add_argument
+    add("--name", default="compare", help="of the results, and of the folder in out/")
     add("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], help="the sweep's; PPO's critic: ×10")
     add("--betas", nargs="+", default=["0.01", "0.1"], help="the sweep's weights of the KL")
-    add("--keep_sweep", action="store_true", help="take rates and weights of the KL from the results that are there")
+    add("--keep_sweep", action="store_true", help="take rates and weights of the KL from results/compare.json")
     add("--reach", type=float, nargs="+", default=[0.80, 0.90], help="accuracies to which the time is taken")
     args = parser.parse_args()
 
     def one(algorithm, rate, beta, seed, eval_every, **keywords):
-        first = lab.stage1(args, f"out/compare/stage1/{seed}", f"--seed={seed}", **keywords)
+        first = lab.stage1(args, f"out/{args.name}/stage1/{seed}", f"--seed={seed}", **keywords)
         critic = [f"--critic_lr={10 * float(rate)}"] * (algorithm == "ppo")
-        return lab.train(args, f"out/compare/{algorithm}/{rate}-{beta}-{seed}", first, f"--lr={rate}", *critic,
+        return lab.train(args, f"out/{args.name}/{algorithm}/{rate}-{beta}-{seed}", first, f"--lr={rate}", *critic,
                          f"--beta2={beta}", f"--seed={seed}", f"--eval_every={eval_every}", "--decode_rows=1024",
                          algorithm=algorithm, **keywords)
 
@@ -47,7 +52,7 @@ def main():
         sweep = json.loads((lab.RESULTS / "compare.json").read_text())["sweep"]
     else:
         tries = list(product(lab.NAMES, args.rates, args.betas))
-        lab.stage1(args, "out/compare/stage1/100", "--seed=100")
+        lab.stage1(args, f"out/{args.name}/stage1/100", "--seed=100")
         tried = lab.side_by_side(args, [lambda t=t: one(*t, 100, 100000, threads=1) for t in tries])
         sweep = {" ".join(t): [round(lab.mean("reward", rows[1:]), 4), accuracies(rows)[-1]]
                  for t, rows in zip(tries, tried)}
@@ -59,7 +64,7 @@ def main():
     runs = {algorithm: [] for algorithm in lab.NAMES}
     for seed, algorithm in product(range(args.seeds), lab.NAMES):
         rows = one(algorithm, *chosen[algorithm], seed, 2)
-        offline = stage1_cost(lab.ROOT / f"out/compare/stage1/{seed}") if algorithm == "apo" else (0, 0.0)
+        offline = stage1_cost(lab.ROOT / f"out/{args.name}/stage1/{seed}") if algorithm == "apo" else (0, 0.0)
         runs[algorithm].append(dict(rows=rows, **measures(rows, *offline, args.reach)))
     table = {}
     for algorithm, some in runs.items():
@@ -75,8 +80,8 @@ def main():
                  for seed in range(args.seeds)]
         print(f"first to {goal:.2f}: {', '.join(first)}")
         table["apo"][f"first to {goal:.2f}"] = first.count("apo")
-    lab.save("compare", budget=dict(steps=args.steps, seeds=args.seeds, stage1=args.stage1), sweep=sweep, chosen=chosen,
-             table=table, paper=PAPER, curves=curves)
+    lab.save(args.name, budget=dict(steps=args.steps, seeds=args.seeds, stage1=args.stage1), sweep=sweep,
+             chosen=chosen, table=table, paper=PAPER, curves=curves)
     draw(runs, args)
     show(table, chosen, args)
 
@@ -113,7 +118,7 @@ def draw(runs, args):
     """Accuracy over steps, prompts, generated tokens, seconds and the KL: each seed thin, their mean thick."""
     panels = dict(step="steps", prompts="prompts", all_tokens="tokens (A*-PO: with Stage 1)",
                   clock="seconds (A*-PO: with Stage 1)", kl="KL to π_ref (nats per answer)")
-    with lab.picture("compare", 1, 5, (17, 3.3)) as axes:
+    with lab.picture(args.name, 1, 5, (17, 3.3)) as axes:
         for axis, (key, label) in zip(axes[0], panels.items()):
             for algorithm, some in runs.items():
                 colour = lab.COLOURS[algorithm]

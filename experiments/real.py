@@ -56,8 +56,15 @@ def pretrained(weights):
     return AutoTokenizer.from_pretrained(**source), model
 
 
-def warm_up(tokenizer, model, rows, steps, rate, batch=16, seed=0):
-    """Supervised: down −ln π of right answers."""
+def slip(rng, answer):
+    """One of its digits is another."""
+    place = rng.randrange(len(answer))
+    another = rng.choice([digit for digit in "0123456789" if digit != answer[place]])
+    return answer[:place] + another + answer[place + 1 :]
+
+
+def warm_up(tokenizer, model, rows, steps, rate, wrong, batch=16, seed=0):
+    """Supervised: down −ln π of the demonstrations, of which a share is wrong."""
     rng, policy = random.Random(seed), Policy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
@@ -66,7 +73,8 @@ def warm_up(tokenizer, model, rows, steps, rate, batch=16, seed=0):
         ids, mask = [], []
         for row in rng.sample(rows, batch):
             prompt = tokenizer(PROMPT.format(**row)).input_ids
-            answer = tokenizer(f"{row['question']} = \\boxed{{{row['answer']}}}").input_ids + [tokenizer.eos_token_id]
+            shown = slip(rng, row["answer"]) if rng.random() < wrong else row["answer"]
+            answer = tokenizer(f"{row['question']} = \\boxed{{{shown}}}").input_ids + [tokenizer.eos_token_id]
             ids.append(torch.tensor(prompt + answer))
             mask.append(torch.arange(len(ids[-1])) >= len(prompt))
         ids, mask = (pad_sequence(some, batch_first=True) for some in (ids, mask))
@@ -86,7 +94,7 @@ def make_world(args):
     write(FOLDER / "test.jsonl", rows[1024:1280])
     if not (FOLDER / "reference/tokenizer_config.json").exists():
         tokenizer, model = pretrained(args.weights)
-        warm_up(tokenizer, model, rows[1280:], args.lessons, rate=5e-5)
+        warm_up(tokenizer, model, rows[1280:], args.lessons, rate=5e-5, wrong=args.wrong)
         model.save_pretrained(FOLDER / "reference")
         tokenizer.save_pretrained(FOLDER / "reference")
 
@@ -112,7 +120,7 @@ def one(args, way, seed):
     spent = [row["seconds"] for row in rows[2:] or rows[1:]]  # a first step is slower
     return dict(measured(args, out / "eval", out / "run/model"), **last, minutes=[round(s / 60, 2) for s in stages],
                 seconds_a_step={phase: round(lab.mean(phase, spent), 2) for phase in lab.PHASES},
-memory_gb=max(row["memory_gb"] for row in rows[1:]),
+                memory_gb=max(row["memory_gb"] for row in rows[1:]),
                 curve=[[row["step"], round(row["accuracy"], 4)] for row in rows if "accuracy" in row])
 
 
@@ -129,9 +137,10 @@ def main():
     parser = lab.make_parser(__doc__, steps=24, seeds=3)
     stage1 = shlex.join([f"--model={FOLDER}/reference", f"--data={FOLDER}/train.jsonl", *ASK, "--samples=2"])
     parser.set_defaults(jobs=1, stage1=stage1, train=f"--eval_data={FOLDER}/test.jsonl --eval_limit=128 --eval_every=6 "
-                        "--batch_size=32 --lr=1e-5 --warmup=3 --beta2=0.01")
+                        "--batch_size=32 --lr=1e-5 --warmup=3 --beta2=0.1")
     parser.add_argument("--weights", default=HUB, help="the hub's name of the model, a folder, or a .gguf file")
-    parser.add_argument("--lessons", type=int, default=20, help="supervised steps")
+    parser.add_argument("--lessons", type=int, default=64, help="supervised steps")
+    parser.add_argument("--wrong", type=float, default=0.25, help="the share of wrong demonstrations")
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=WAYS)
     args = parser.parse_args()
     make_world(args)

@@ -43,7 +43,7 @@ def main():
     add("--world", help="tiny/make.py's flags, of a world to be made for these")
     add("--name", default="samples", help="of the results")
     add("--reach", type=float, default=0.8, help="the accuracy to which steps are counted")
-    add("--passes", type=int, nargs="+", default=[1, 10, 30])
+    add("--passes", type=int, nargs="+", default=[1, 3, 10, 30])
     add("--paces", nargs="+", default=list(PACES), choices=PACES)
     args = parser.parse_args()
     args.steps, out = 0, lab.ROOT / "out" / args.name  # each batch size has its own number of steps

@@ -226,7 +226,7 @@ def test_each_runs_and_goes_on(name, all_rows, tmp_path):
     assert metrics(tmp_path / "two") == rows and weights(tmp_path / "two") == weights(tmp_path / "one")
 
 
-@whole
+@long
 def test_lora_trains_the_critic_whole(all_rows, tmp_path):
     """Four steps in one go are two and two; checkpoints hold the policy's additions, and all of the critic."""
     command = lambda folder, steps: baseline("ppo", all_rows, tmp_path / folder, "--critic_lr=1e-3", "--lora=4",

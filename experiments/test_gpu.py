@@ -16,7 +16,7 @@ import rewards
 import train
 import vstar
 from experiments import gpu
-from test_apo import HERE, dist, run, sampler_of, small_model, whole
+from test_apo import HERE, dist, long, run, sampler_of, small_model
 
 needs_no_gpu = pytest.mark.skipif(gpu.GPU, reason="toy size is meant for a CPU")
 VLLM = ["vllm"] if importlib.util.find_spec("vllm") is None else []  # skipped where it is not installed
@@ -46,8 +46,7 @@ def contact(tmp_path_factory):
     return out, said
 
 
-@whole
-@pytest.mark.long
+@long
 def test_every_part_runs_at_toy_size(contact):
     out, said = contact
     merged = json.loads((out / "gpu.json").read_text())
@@ -63,8 +62,7 @@ def test_every_part_runs_at_toy_size(contact):
     assert merged["ppo"]["planned_gib"] > merged["apo"]["planned_gib"] == merged["grpo"]["planned_gib"]
 
 
-@whole
-@pytest.mark.long
+@long
 def test_a_restart_that_forgets_does_not_hold(contact, tmp_path, monkeypatch):
     out = shutil.copytree(contact[0], tmp_path / "forgot")
     monkeypatch.setattr(sys, "argv", sys.argv)
@@ -73,8 +71,7 @@ def test_a_restart_that_forgets_does_not_hold(contact, tmp_path, monkeypatch):
         assert not gpu.restart(SimpleNamespace(out=out, toy=True))["holds"]
 
 
-@whole
-@pytest.mark.long
+@long
 @needs_no_gpu
 def test_without_a_gpu_every_part_says_so(tmp_path):
     said = start(tmp_path).stdout
@@ -82,8 +79,7 @@ def test_without_a_gpu_every_part_says_so(tmp_path):
     assert not (tmp_path / "gpu.json").exists()
 
 
-@whole
-@pytest.mark.long
+@long
 @needs_no_gpu
 def test_an_engine_with_old_weights_does_not_hold(contact, tmp_path, monkeypatch):
     """Its log-probabilities stay those of the first weights."""

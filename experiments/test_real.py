@@ -1,19 +1,26 @@
 """The real model's experiment, with the embedded model in its place."""
 
 import json
+import random
 import sys
 
 import torch
 
 from experiments import real
 from experiments.tasks.test_countdown import runs_inside
-from test_apo import HERE, read_jsonl, whole
+from test_apo import HERE, long, read_jsonl
 
 
 def test_problems_differ_and_their_answers_are_right():
     rows = real.problems(8100)
     assert len({row["question"] for row in rows}) == 8100  # all there are
     assert all(eval(row["question"]) == int(row["answer"]) for row in rows)
+
+
+def test_a_slip_changes_one_digit():
+    rng = random.Random(0)
+    slips = [real.slip(rng, "130") for _ in range(1000)]
+    assert {sum(a != b for a, b in zip(slip, "130")) for slip in slips} == {1} and len(set(slips)) == 27
 
 
 def test_a_warm_up_teaches_answers_and_their_end():
@@ -29,11 +36,11 @@ def test_a_warm_up_teaches_answers_and_their_end():
         return found[len(prompt) - 1 :]
 
     before = logps()
-    real.warm_up(tokenizer, model, [row] * 2, steps=30, rate=3e-3, batch=2)
+    real.warm_up(tokenizer, model, [row] * 2, steps=30, rate=3e-3, wrong=0, batch=2)
     assert len(before) == len(answer) + 1 and logps().min() > -0.5 > before.min()
 
 
-@whole
+@long
 def test_both_stages_at_toy_size(tmp_path, monkeypatch):
     runs_inside(monkeypatch, tmp_path)
     monkeypatch.setattr(real, "FOLDER", tmp_path / "runs")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from test_apo import TINY, inside, metrics, read_jsonl, stage2, weights, whole
+from test_apo import TINY, inside, long, metrics, read_jsonl, stage2, weights
 
 
-@whole
+@long
 def test_a_second_round_starts_from_the_first_ones_policy(tmp_path):
     model, outs = [], []
     for number in (1, 2):

@@ -18,7 +18,7 @@ from experiments.tasks import countdown
 from experiments.tasks.countdown import reward
 from experiments.tasks.small import train_small, write
 from rewards import load_problems, load_reward
-from test_apo import HERE, HOSTILE, inside, read_jsonl, whole
+from test_apo import HERE, HOSTILE, inside, long, read_jsonl
 
 ROW = dict(nums=[4, 7, 9, 4], target=37)
 
@@ -160,7 +160,7 @@ def at_toy_size(task, tmp_path, monkeypatch):
     return found
 
 
-@whole
+@long
 def test_both_stages_at_toy_size(tmp_path, monkeypatch):
     """From TinyZero's fields, by the flags that the docstring names."""
     made = countdown.make_world

@@ -8,7 +8,7 @@ from experiments.tasks import tictactoe
 from experiments.tasks.test_countdown import at_toy_size
 from experiments.tasks.tictactoe import LINES, canonical, cells, free, lost, optimal, play, split, value, worked
 from rewards import final_answers, load_reward
-from test_apo import whole
+from test_apo import long
 
 SIDES = split(random.Random(0))
 HOSTILE = ["", "7", "####", "}" * 99, "\\boxed{", "\\boxed{" * 5000, "\\boxed{\\boxed{7}", "\ud800\\boxed{\ud800}",
@@ -90,7 +90,7 @@ def test_worked_demonstrations_are_right_unless_they_slip():
         "X2O/4X6/78O,X:X2O;4X6*78O;X47*2X8*O6O-XXO;OX7;\\boxed{6}")
 
 
-@whole
+@long
 def test_both_stages_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr(tictactoe, "split", lambda rng: [boards[:40] for boards in SIDES])
     found = at_toy_size(tictactoe, tmp_path, monkeypatch)
