@@ -4,7 +4,7 @@
     python -m experiments.real                          → experiments/results/real.json, .png
 
 The prompt is `What is 12 + 34?`; nothing in it asks for \\boxed{}. So the model is shown a few demonstrations first,
-`12 + 34 = \\boxed{46}` (`warm_up`), and that is π_ref: it answers in this form, and half of its answers are right. Then
+`12 + 34 = \\boxed{46}` (`warm_up`), a quarter of them wrong, and that is π_ref: half of its answers are right. Then
 come both stages: for each seed full training and --lora 16, on the first seed also the baselines, which get as many
 answers a step and the same rate (it was not tuned for them). evaluate.py measures pass@k. Restartable: what is in
 out/real/ is not run again.
@@ -150,7 +150,7 @@ def main():
     runs = {f"{way} {seed}": run for (way, seed), run in zip(tries, found)}
     flags = {way: " ".join(flags) for way, (_, flags) in WAYS.items()}
     settings = {key: getattr(args, key).replace(f"{lab.ROOT}/", "") for key in ("stage1", "train")}
-    lab.save("real", settings=dict(settings, steps=args.steps, lessons=args.lessons, ways=flags), before=before,
+    lab.save("real", settings=dict(settings, steps=args.steps, lessons=args.lessons, wrong=args.wrong, ways=flags), before=before,
              runs=runs)
     draw(before, runs)
     for name, run in runs.items():
