@@ -1841,7 +1841,8 @@ def test_broken_files_each_end_in_one_line(trained, all_rows, tmp_path):
     out = shutil.copytree(trained[0], tmp_path / "torn")
     for shard in (out / "checkpoint/00000006").glob("*.distcp"):
         shard.write_bytes(shard.read_bytes()[:1000])
-    refused(inside(*stage2(all_rows, out, "--steps=8"), check=False), "00000006", "cannot be read (EOFError()", alone=False)
+    done = inside(*stage2(all_rows, out, "--steps=8"), check=False)
+    refused(done, "00000006", "cannot be read (EOFError()", alone=False)
     assert (out / "checkpoint/00000004").is_dir()
 
     out = shutil.copytree(trained[0], tmp_path / "metrics")

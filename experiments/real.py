@@ -150,8 +150,8 @@ def main():
     runs = {f"{way} {seed}": run for (way, seed), run in zip(tries, found)}
     flags = {way: " ".join(flags) for way, (_, flags) in WAYS.items()}
     settings = {key: getattr(args, key).replace(f"{lab.ROOT}/", "") for key in ("stage1", "train")}
-    lab.save("real", settings=dict(settings, steps=args.steps, lessons=args.lessons, wrong=args.wrong, ways=flags), before=before,
-             runs=runs)
+    settings |= dict(steps=args.steps, lessons=args.lessons, wrong=args.wrong, ways=flags)
+    lab.save("real", settings=settings, before=before, runs=runs)
     draw(before, runs)
     for name, run in runs.items():
         passes = ", ".join(f"pass@{k} {before[f'pass@{k}']:.3f} → {run[f'pass@{k}']:.3f}" for k in (KS[0], KS[-1]))
