@@ -1,7 +1,7 @@
 """The tests of the four scripts. (Those of experiments/ stand beside their code.)
 
-    pytest                      four minutes on two cores; what needs vLLM or the benchmark files is skipped without
-    pytest -m "not whole"       while one edits: starts no process and runs no stage, half a minute
+    pytest                      six minutes on two cores; what needs vLLM or the benchmark files is skipped without
+    pytest -m "not whole"       while one edits: starts no process and runs no stage, two minutes
     pytest -m long              the rest: more ranks and nodes, kills at random (LONG=1: fifty, and a thousand steps)
 """
 
@@ -1589,8 +1589,7 @@ def test_an_engine_with_old_weights_is_noticed(lag, times, steps, all_rows, tmp_
         assert done.returncode == 2 and "does it still hold old weights" in done.stderr, done.stderr[-2000:]
 
 
-@whole
-@pytest.mark.long
+@long
 def test_a_healthy_engine_is_not_accused(all_rows, tmp_path):
     """Of a long run whose numbers round."""
     flags = ["--dtype=bfloat16", "--steps=300", "--batch_size=16", "--save_every=999", "--eval_every=150"]

@@ -662,11 +662,13 @@ def fail_together(message):
 
 
 def refuse_infinite(broken, norms):
-    """Ends all processes where a gradient's norm is not finite. `broken`: this one's prompts whose loss is not."""
-    if not math.isfinite(sum(norms)):
+    """Ends all processes where a loss (`broken`: the ids of its prompts) or a gradient's norm is not finite."""
+    finite = math.isfinite(sum(norms))
+    if sum_over_ranks(len(broken)) or not finite:
         where = f"the loss of {', '.join(broken[:8])}" if broken else f"the gradient's norm ({norms[0]})"
-        message = f"{where} is not finite; the last checkpoint is whole. Lower --lr, or look at these prompts"
-        fail(message) if broken else fail_together(message)
+        if broken or (RANK == 0 and not finite):
+            fail(f"{where} is not finite; the last checkpoint is whole. Lower --lr, or look at these prompts")
+        raise SystemExit(2)
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ if the steps needed grow as the gradient's variance, and that as E[(r − V̂*)�
 First the variance. The gradient of an answer is (r − V̂*) ∇ ln π, up to a factor. It is taken for one answer of each
 prompt, so that E[(r − V̂*)² |∇ ln π|²] can be summed over the noise of V̂* exactly, for π_ref and for a trained policy.
 
-Then the cost: N answers to each of P prompts, and steps up to an accuracy. P is chosen so that this takes about 1, 10
-or 30 passes. Seconds are counts times the seconds of one answer in Stage 1 and one in Stage 2, medians over all
+Then the cost: N answers to each of P prompts, and steps up to an accuracy. P is chosen so that this takes about 1,
+3, 10 or 30 passes. Seconds are counts times the seconds of one answer in Stage 1 and one in Stage 2, medians over all
 runs: a busy machine does not move the optimum. What is in out/samples/ is not run again.
 """
 
