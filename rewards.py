@@ -68,7 +68,7 @@ def final_answers(text):
     for brace in re.finditer(
             r"(\\f?boxed\s*)?(?<!\\)\{|(?<!\\)\}"
             # \boxed 5; it only looks ahead at the content, for a brace in it counts too
-            rf"|\\f?boxed +(?=[^\s{{])(?=([^\s$.,]{{0,{LONGEST}}}))", text):
+            rf"|\\f?boxed +(?=[^\s{{])(?=([^\s$]{{0,{LONGEST}}}))", text):
         if brace[0] == "}":
             if opened and (box := opened.pop())[1]:
                 boxes[box.start()] = text[box.end() : brace.start()]
@@ -89,7 +89,7 @@ def is_correct(claim, gold):
         a list, in any order           2, 1       1 or 2         1, 2    1          same_items
         but one with names, in theirs  p=2, q=3   (2,3)          x=1,y=2 2, 1       named, in_order
         what an equation says          x = 2+3=5  5              2x = 5  5          is_label, meant
-        structures, part by part       (1,1/2)    (1,0.5)        (1,2)   (2,1)      same, SAME
+        structures, part by part       (1,1/2)    (1,0.5)        (1,2)   (2,1)      same
         sets of numbers, by their ends x > 5      (5,\infty)     x > 5   [5,\infty) same_sets, SETS
         numbers, to 40 digits          2\sqrt3    \sqrt{12}      50      0.5        value, near
         a decimal, rightly rounded     0.3333     1/3            0.33    1/3        rounded
@@ -176,11 +176,11 @@ def load_problems(source, split="train", question_field="question", answer_field
 
 def lettered(row, question, answer):
     """Multiple choice: the choices with letters behind the question, and the right one's letter."""
-    choices = row.get("choices") or row["endings"]  # HellaSwag's answer is the number of an ending
-    texts, labels = (choices["text"], choices["label"]) if "choices" in row else (choices, "0123")
+    # HellaSwag's answer is the number of an ending
+    choices = row.get("choices") or {"text": row["endings"], "label": "0123"}
     letters = "ABCDEFGHIJ"
-    return (question + "".join(f"\n{letter}. {text}" for letter, text in zip(letters, texts)) + "\n",
-            letters[list(labels).index(answer)])
+    return (question + "".join(f"\n{letter}. {text}" for letter, text in zip(letters, choices["text"])) + "\n",
+            letters[list(choices["label"]).index(answer)])
 
 
 def text_of(row, field, where):
@@ -312,12 +312,12 @@ class Reading(NamedTuple):
 
 
 # Some characters mark what the next steps need: \x01 and \x02 the ends of \text{…}, \x03 a \\, \x04 a dollar, ¶ a ①.
-SIGNS = str.maketrans("−–—×·⋅∗÷⁄’′∶\u00a0", "---****//'': ") | str.maketrans(dict(zip(
-    "π∞°θαβ√≤≥≠∪∩±∈≈²³½¼¾①②③④⑤⑥⑦⑧⑨\u200b″",
-    r"\pi |\infty |^\circ |\theta |\alpha |\beta |\sqrt |\le |\ge |\ne |\cup |\cap |\pm |\in |\approx |"
-    "^2|^3| 1/2| 1/4| 3/4|1¶|2¶|3¶|4¶|5¶|6¶|7¶|8¶|9¶||''".split("|"))))
+SIGNS = str.maketrans("−⁻–—×·⋅∗÷⁄’′∶\u00a0", "----****//'': ") | str.maketrans(dict(zip(
+    "π∞°θαβ√≤≥≠∪∩±∈≈½¼¾①②③④⑤⑥⑦⑧⑨\u200b″",
+    r"\pi |\infty |^\circ |\theta |\alpha |\beta | sqrt |\le |\ge |\ne |\cup |\cap |\pm |\in |\approx |"
+    " 1/2| 1/4| 3/4|1¶|2¶|3¶|4¶|5¶|6¶|7¶|8¶|9¶||''".split("|"))))
 WORDS = (  # what is counted; but three hundreds are not 3
-    r"(?![a-z]*(?:less|eds|ands|lions|zens|tens|scores|halves|thirds|quarters|(?:if|ix|ven|gh|in|ten|ed|and)ths)\b)"
+    r"(?![a-z]*(?:less|gross|eds|ands|lions|zens|tens|scores|halves|thirds|quarters|(?<!pa)ths)\b)"
     r"([a-z]{3,}s|men|women|children|mice)")
 # If the first is in a text, what matches the second is spelled as the third, such as the last. The order matters.
 # \001 to \004 are the marks, and \040 is a space.
@@ -333,6 +333,7 @@ SPELLINGS = [
 \% ← \\% ← %
 \$ ← \\\$ ← \004 ← the dollars that are left stand around formulas
 $ ← \$ ←
+( ← (?<=\d\.)\(\d+\) ← ?\g<0> ← 0.(3) is no product
 ~ ← \\?~ ← \040
 \ ← \\[!,] ←
 \ ← \\(?:(?:left|right|middle|[bB]igg?[lr]?|displaystyle|limits|quad|qquad)(?![a-zA-Z])|[;:> ()\[\]]) ← \040
@@ -346,7 +347,7 @@ choose ← \{([^{}]*)\\choose([^{}]*)\}|^([^{}]*)\\choose([^{}]*)$ ← \\binom{\
 { ← \\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname)\s*\{([^{}]*)\} ← \001\1\002
  ← (?<![\d.,])(\d{1,3}) (?=(?:\d{3} )*\d{3}(?![\d/])) ← \1 ← 10 000
 p ← \s*\001?\s*\b(?:per ?cent(?:age)?|pct)\b\s*\002? ← %
- ← (?<=\d)\s*\^?\s*\{?\s*\001?\s*(?:st|nd|rd|th)\b\s*\002?\s*\}? ← ← 3rd, 7^{\text{th}}
+ ← (?:(?<=1)(?=\W*st)|(?<=2)(?=\W*nd)|(?<=3)(?=\W*rd)|(?<=\d)(?=\W*th))[\s^{\001]*..\b\s*\002?\s*\}? ← ← 7^{\text{th}}
 circled ← \\(?:text)?circled\s*\{(\d+)\} ← \1
 infinite ← \001?\s*\binfinite(?:ly many)?(?: solutions?| values| points)?\s*\002?$ ← \\infty
  ← \001\s*(max|min|(?:arc?)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|lg|exp)\s*\002 ← \\\1\040
@@ -375,9 +376,10 @@ mathbb ← \\mathbb\s*(?:R\b|\{R\}) ← (-\\infty,\\infty)
 infty ← (\(-\\infty,\\infty\))\s*(?:-|/|\\backslash)\s*(?=\\\{) ← \1\\setminus\040
 | ← \|\s*\\(?:vec|overrightarrow|overline)\s*\{(\w\w)\}\s*\| ← |\1|
 ( ← (?<![\w\\])([A-Z])\s*(?=\([^()=]*,[^()=]*\)\s*(?:,|$)) ← \1= ← A(1,2)
-\ ← \\(?:lor|vee|land|wedge)(?![a-z]) ← ,
+\ ← \\(?:lor|vee)(?![a-z]) ← ∨
+\ ← \\(?:land|wedge)(?![a-z]) ← ,
 and ← \001?\s*\band\b\s*\002? ← ,
-or ← \001?\s*\bor\b\s*\002? ← ,
+or ← \001?\s*\bor\b\s*\002? ← ∨
 , ← (\d+)\s*\001?\s*WORDS\s*\002?(?=\s*,) ← \2=\1 ← 3 apples, 5 pears
 , ← (?<=,)\s*(\d+)\s*\001?\s*WORDS\s*\002?$ ← \2=\1
  ← ^\s*(?:\\approx|=)|\\+$|[\s.,;]+$|^\s+ ←""".replace("WORDS", WORDS).splitlines())
@@ -387,21 +389,17 @@ TAIL = re.compile(
     r"(?<=[\w)}\]\x02'!])(?:"
     r"(?:[\s,;(\x01]+(?:where|with|for)\b[^=<>\d\\]*?|[\s,;(\x01]*[,;(]|[\s,;(\x01]*\\forall)\s*\x02?\s*"
     r"(?:([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?|[a-zA-Z]\s*\\in\s*(?:\(-\\infty,\\infty\)|R))[\s\x02)]*"
-    r"|[\s,;(\x01]+(?:where|for (?:all|any|some|every|each))\b[^=<>\d\\]*)$")
+    r"|[\s,;(\x01]+(?:where|for (?:all|any|some|every|each))\b(?!.*\b(?:odd|even)\b)[^=<>\d\\]*)$")
 HEAD = re.compile(r"\s*[a-zA-Z](?:_\{?-?\w\}?|')*\s*\(\s*([a-z])\s*\)\s*=(?=.*\1)")
 MONEY = {"\x04": "dollar", "€": "euro", "£": "lb"}
-UNITS = dict(unit.split(": ") for unit in (  # a unit: its other names
-    "cm: centimeter|centimetre, mm: millimeter|millimetre, m: meter|metre, km: kilometer|kilometre, in: inch, "
-    "ft: foot|feet, yd: yard, mi: mile, g: gram, kg: kilogram, mg: milligram, lb: pound, oz: ounce, s: sec|second, "
-    "min: minute, h: hr|hour, year: yr, L: l|liter|litre, ml: mL|milliliter, gallon: gal, dollar: USD, degree: deg, "
-    "radian: rad, mph: mile per hour|miles per hour, km/h: kmh, J: joule, N: newton, W: watt, V: volt, person: people"
-).split(", "))
-OTHER_UNITS = (
-    "day|week|month|quart|cup|cent|euro|unit|m/s|cm/s|ft/s|A|K|C|F|Hz|Pa|kJ|eV|mol|student|apple|marble|book|way|"
-    "point|time|side|edge|face|block|page|ticket|coin"
-)
-UNIT_OF = {name: unit for unit, names in UNITS.items() for name in names.split("|")}
-UNIT = f"({'|'.join([*UNITS, *UNITS.values(), OTHER_UNITS])})(?:s|es)?"
+UNITS = {name: names.split("|")[0] for names in (  # each name of a unit: its first
+    "cm|centimeter|centimetre, mm|millimeter|millimetre, m|meter|metre, km|kilometer|kilometre, in|inch, ft|foot|feet, "
+    "yd|yard, mi|mile, g|gram, kg|kilogram, mg|milligram, lb|pound, oz|ounce, s|sec|second, min|minute, h|hr|hour, "
+    "day, week, month, year|yr, L|l|liter|litre, ml|mL|milliliter, gallon|gal, quart, cup, dollar|USD, cent, euro, "
+    "degree|deg, radian|rad, mph|mile per hour|miles per hour, km/h|kmh, m/s, cm/s, ft/s, J|joule, kJ, eV, N|newton, "
+    "W|watt, V|volt, A, K, C, F, Hz, Pa, mol, unit, person|people, student, apple, marble, book, way, point, time, "
+    "side, edge, face, block, page, ticket, coin").split(", ") for name in names.split("|")}
+UNIT = f"({'|'.join(UNITS)})(?:(?<=\\w\\w)e?s)?"
 UNIT_AT_END = re.compile(
     # (?<=[\s\S]) wants something before the unit: a lone cm is no number
     r"\s*(?:\\(degree)\s*|(%)"
@@ -409,8 +407,9 @@ UNIT_AT_END = re.compile(
     rf"|(?<=[\d\s}}])(?=[\w/]{{3}}|cm|mm|km|kg|mg|ft|lb|oz|hr){UNIT}\.?"  # bare: but the m of 5m is a variable
     rf"|(?<=\d)\s*\x01?\s*{WORDS}\s*\x02?)"
     r"\s*(?:\^\s*\{?([23])\}?)?)$")
-WORD = re.compile(  # three letters in a row that are no name of a function or a constant
-    r"(?<![\\a-zA-Z])(?!sin|cos|tan|log|exp|sqrt|arc|sec|csc|cot|pi|inf|ln)[a-zA-Z]{3,}|\x01")
+WORDS_ALONE = re.compile(  # no formula, and three letters in a row, four beside a number, that name no function
+    r"(?!.*[\\^_=<>+*/|])(?:(?!.*\d)|(?=.*[a-zA-Z]{4}|.*\x01\s*[a-zA-Z]{2}))"
+    r".*(?:(?<![a-zA-Z])(?!sin|cos|tan|log|exp|sqrt|arc|sec|csc|cot|pi|inf|ln)[a-zA-Z]{3}|\x01)", re.DOTALL)
 
 
 @lru_cache(maxsize=4096)
@@ -419,16 +418,17 @@ def read(text):
     if len(text) > LONGEST:
         return Reading(text.strip(), [], "", f"longer than {LONGEST} characters")
     text = respell(text)
-    if bound := TAIL.search(text):
+    bound = TAIL.search(text)
+    if bound and not (bound[1] and re.search(r"[<>]|\\[lg]e", text)):  # 0 < x < 4, x ∈ Z is no interval
         text = text[: bound.start()]
     text, unit = split_unit(text)
     bare = re.sub("[\x01\x02]", " ", text)
-    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare)
+    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", bare).replace("∨", ",")
     plain = re.sub(r"\{([a-zA-Z0-9])\}", r"\1", plain)  # x_{5} is x_5
     items, trouble = [], ""
-    if re.fullmatch(r"[(\s\x01]+[A-Za-z][)\s\x02]+|[a-dA-D]\)?", text):
+    if re.fullmatch(r"[(\s\x01]+[A-Za-j][)\s\x02]+|[a-dA-D]\)?", text):
         plain = plain.strip("()").upper()  # the letter of a choice
-    elif not re.search(r"[\d\\^_=<>+*/|]", text) and WORD.search(text):
+    elif WORDS_ALONE.match(text):
         plain, trouble = plain.casefold(), "it is words"
     if not trouble:
         try:
@@ -442,7 +442,9 @@ def read(text):
 
 def respell(text):
     """One spelling where LaTeX, Unicode and people have several."""
-    text = unicodedata.normalize("NFKC", text.translate(SIGNS))  # NFKC: fullwidth digits
+    if not text.isascii():
+        text = re.sub("[⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
+        text = unicodedata.normalize("NFKC", text.translate(SIGNS))  # NFKC: fullwidth digits
     for key, pattern, spelling in SPELLINGS:
         if key in text:
             text = pattern.sub(spelling, text)
@@ -456,7 +458,7 @@ def split_unit(text):
         text = text[: match.start()].replace(match[0] + ",", ",")  # 5 cm, 6 cm
         *names, power = match.groups("")
         name = "".join(names)  # one of them
-        unit = UNIT_OF.get(name, name) + power
+        unit = UNITS.get(name, name) + power
     if text[:1] in MONEY:
         text, unit = text[1:].strip(), unit or MONEY[text[0]]
     return text.replace("\x04", ""), unit
@@ -470,22 +472,21 @@ def split_unit(text):
 #     kind                     members                          read from          compared by
 #     number                   a Fraction                       5, 1,234           value
 #                              and its digits, if a decimal     0.50               value, or rounded
-#     variable                 its name                         x, a_1, \infty     at_points
-#     pi                       none                             \pi                value
+#     variable                 its name                         x, a_1, \pi        value or at_points
 #     + - * / ^ binom          two                              \frac12            value or at_points
 #     root                     a tree and the degree            \sqrt[3]{2}        value or at_points
 #     ! abs floor sin ln …     one                              5!, |x|, \sin x    value or at_points
-#     tuple                    its brackets, then its items     (1,2), [0,1)       SAME
+#     tuple                    its brackets, then its items     (1,2), [0,1)       same
 #     set                      its items                        \{1,2\}            same_sets
 #     where                    its conditions                   \{x \mid x>2\}     same_sets
 #     \cup \cap \setminus      two                              [0,1]\cup[2,3]     same_sets
-#     relation                 its signs, then its sides        a < b \le c        SAME, meant or same_sets
-#     matrix                   rows, of the kind row            \begin{pmatrix}…   SAME
-#     based                    the number, the base             1011_2             SAME
+#     relation                 its signs, then its sides        a < b \le c        same_relations, meant or same_sets
+#
+# A matrix is a tuple of tuples with the brackets \\ and &, and 1011_2 is (1011, 2) with the brackets __.
 
 FUNCTIONS = set("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh arcsinh arccosh arctanh "
                 "log ln lg exp".split())
-GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
+GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi "
             "varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar min max angle "
             "triangle".split())
 TOKEN = re.compile(
@@ -511,7 +512,7 @@ TOKENS = {  # how else a token is written: the token, as the parser knows it
 >= \ge \geq \geqslant
 = \approx
 ∈ \in""".splitlines()) for name in names
-} | {"\\" + name: name for name in (*FUNCTIONS, *GREEK, "pi")}
+} | {"\\" + name: name for name in (*FUNCTIONS, *GREEK)}
 ZERO, INFINITY = ("number", Fraction(0)), ("variable", "infinity")
 
 
@@ -534,14 +535,14 @@ class Parser:
         relation  sum {("=" | "<" | "<=" | "∈" | …) sum}
         sum       ["+" | "-" | "±"] product {("+" | "-" | "±" | "∪" | "∩" | "∖") product}
         product   power {("*" | "/") ["-"] power | power}     2x is a product, 1\frac12 and 3 1/2 are mixed numbers
-        power     atom {"!" | "'" | "^" ["-"] argument}
+        power     atom {"!" | "^" ["-"] argument}
         argument  atom                                        of a number only the first digit: \frac12 is 1/2
         atom      number | bracket | function | matrix | symbol
         number    digits ["_" argument]                       1011_2 is a number to the base 2
         bracket   ("(" | "[" | "{" | "\{" ["\mid"]) items (")" | "]" | "}" | "\}")
         function  name {"^" ["-"] argument | "_" argument} (bracket | product)
         matrix    \begin{…} relation {("&" | "\\") relation} \end{…}
-        symbol    \frac argument argument | \sqrt ["[" sum "]"] argument | "|" sum "|" | name ["_" argument] | …
+        symbol    \frac argument argument | \sqrt ["[" sum "]"] argument | "|" sum "|" | name {"_" argument | "'"} | …
     """
 
     def __init__(self, text, bound):
@@ -577,7 +578,7 @@ class Parser:
     def items(self, double=True):
         """A ± in a set doubles the member, a ± in a tuple doubles the tuple: (1, ±2) is (1, 2), (1, -2)."""
         items, outer = [], (self.flipped, self.signs)
-        while not items or self.take(","):
+        while not items or self.take(",", "∨"):
             start = self.place
             if double:
                 self.flipped = self.signs = 0
@@ -605,7 +606,11 @@ class Parser:
                 sides.reverse()
         if signs == ("∈",) and is_label(sides[0]):
             return sides[1]
-        return ("relation", signs, *sides) if signs else sides[0]
+        if not signs:
+            return sides[0]
+        tree = ("relation", signs, *sides)
+        # x < 1 or x > 2 is one set; x = 1 or x = 2 is a list
+        return ("\\cup", tree, self.relation()) if signs != ("=",) and self.take("∨") else tree
 
     def sum(self):
         tree = ZERO if self.next in ("+", "-", "\\pm", "\\mp") else self.product()
@@ -647,13 +652,13 @@ class Parser:
 
     def power(self):
         tree = self.atom()
-        while mark := self.take("!", "'", "^"):
+        while mark := self.take("!", "^"):
             if mark == "!":
                 tree = ("!", tree)
-            elif mark == "'":
-                tree = ("*", tree, ("variable", "'"))
             else:
                 tree = ("^", tree, self.signed(self.argument))
+                if self.next == "^":
+                    raise Unreadable("a power of a power without brackets")
         return tree
 
     def argument(self):
@@ -688,7 +693,7 @@ class Parser:
         number = ("number", Fraction(token))
         if "." in token and "e" not in token.lower():
             number += (token,)  # a decimal remembers its digits, for `rounded`
-        return ("based", number, self.argument()) if self.take("_") else number
+        return ("tuple", "__", number, self.argument()) if self.take("_") else number
 
     def bracket(self, opened):
         self.depth += 2  # brackets weigh more: each set in a set can double the work, by a ±
@@ -718,17 +723,17 @@ class Parser:
             tree = self.sum()
             self.expect(token.replace("\\l", "\\r"))
             return token[2:] or "abs", tree
-        if name == "pi":
-            return ("pi",)
         if name == "infinity":
             return INFINITY
         if name == "emptyset":
             return ("set",)
         if not (re.fullmatch("[a-zA-Z]", name) or name in GREEK or "{" in token):
             raise Unreadable(f"{token!r} is not known")
-        if self.take("_"):
-            index = self.argument()
-            name += f"_{index[1] if index[0] in ('number', 'variable') else index}"
+        while mark := self.take("_", "'"):
+            if mark == "_":
+                index = self.argument()
+                mark += str(index[1] if index[0] in ("number", "variable") else index)
+            name += mark
         return ("variable", name)
 
     def function(self, name):
@@ -758,15 +763,15 @@ class Parser:
                 pass
         rows = []
         while not rows or not self.take(end):
-            row = ("row", self.relation())
+            row = ("tuple", "&", self.relation())
             while self.take("&"):
                 row += (self.relation(),)
             rows.append(row)
             if self.next != end:
                 self.expect("\\\\")
-        if {*map(len, rows)} == {2}:  # a column
-            return ("tuple", "()", *[row[1] for row in rows])
-        return ("matrix", *rows)
+        if {*map(len, rows)} == {3}:  # a column
+            return ("tuple", "()", *[row[2] for row in rows])
+        return ("tuple", "\\\\", *rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,17 +784,13 @@ def same_items(some, others):
     names = named(some), named(others)
     if min(names) < 1 < max(names):
         some, others = in_order(some), in_order(others)
-    if len(some) != len(others):
-        return False
     left = list(others)
     for tree in some:
-        for place, other in enumerate(left):
-            if same(tree, other):
-                left.pop(place)
-                break
-        else:
+        partner = next((other for other in left if same(tree, other)), None)
+        if not partner:
             return False
-    return True
+        left.remove(partner)
+    return not left
 
 
 def solutions(items, others):
@@ -801,8 +802,8 @@ def solutions(items, others):
             return [("relation", ("=",), *pair) for pair in zip(names, numbers)]
         case [("relation", ("!=",), name, _) as first, *more] if more and not any(map(variables, more)):
             return [("where", first, *(("relation", ("!=",), name, number) for number in more))]  # x ≠ -2, 2
-        case [_, _, *_] if {tree[0] for tree in items} == {"relation"} and {
-                tree[1] for tree in items} != {("=",)} and len(variables(("where", *items))) == 1:
+        case [_, _, *_] if {tree[0] for tree in items} == {"relation"} and {tree[1] for tree in items} != {("=",)} and (
+                len(variables(("where", *items, *others)) - {"infinity"}) == 1):
             return [("where", *items)]
     return items
 
@@ -826,8 +827,10 @@ def same(one, other):
         return any(same(a, b) for a in meant(one) for b in meant(other) if (a, b) != (one, other))
     if kinds & SETS.keys() or kinds > {"relation"}:
         return same_sets(one, other)
-    if kinds & SAME.keys():
-        return len(kinds) == 1 and SAME[one[0]](one, other)
+    if "tuple" in kinds:  # the brackets count: (0,1) is not [0,1]
+        return one[:2] == other[:2] and same_parts(one[1:], other[1:])
+    if kinds == {"relation"}:
+        return same_relations(one, other)
     # two formulas are the same if they have the same variables and the same values
     names, others = variables(one), variables(other)
     renamed = names ^ others
@@ -846,27 +849,21 @@ def same_parts(one, other):
 
 def same_relations(one, other):
     names = variables(one)
-    if one[1] == other[1] and names == variables(other):
+    if names != variables(other):
+        return False
+    if one[1] == other[1]:
         if same_parts(one[1:], other[1:]):
             return True
         # 4x + 2y = 6 is 3 = y + 2x: the differences of their sides are in proportion, a / b is the same at every point
-        pairs = [*at_points(("-", *one[2:]), ("-", *other[2:]), names)] if names else [(0, 1)]
+        pairs = [*at_points(("-", *one[2:]), ("-", *other[2:]), names)] if names else [(0, 0)]
         first, second = pairs[0]
         # 0 = 0 is in proportion to nothing; and x < 1 is not x > 1
-        if all(near(a * second, b * first) for a, b in pairs) and any(abs(a) > 1e-6 for a, _ in pairs) and (
+        if abs(first) > 1e-6 < abs(second) and all(near(a * second, b * first) for a, b in pairs) and (
                 one[1] == ("=",) or first.real * second.real > 0):
             return True
     return ("=",) not in (one[1], other[1]) and len(names) == 1 and same_sets(one, other)
 
 
-SAME = {  # a kind of tree without a value: when are two of them the same?
-    # the brackets count: (0,1) is not [0,1]
-    "tuple": lambda one, other: one[1] == other[1] and same_parts(one[1:], other[1:]),
-    "matrix": same_parts,
-    "row": same_parts,
-    "relation": same_relations,
-    "based": operator.eq,
-}
 SETS = {  # a set of numbers: which of some points are in it, from those that are in its members
     "\\cup": set.union, "\\cap": set.intersection, "\\setminus": set.difference, "set": set.union,
     # conditions hold together, x > 0, x ≠ 1, or, if they never can, one of them holds: x < 0, x > 1
@@ -880,7 +877,7 @@ def same_sets(one, other):
     if one[0] == other[0] == "set":
         return same_items(one[1:], other[1:])
     # a letter is some number, and infinity a large one
-    env = CONSTANTS | {name: 1.618 + n for n, name in enumerate(sorted(variables(one) | variables(other)))}
+    env = CONSTANTS | {name: 1.618 * 1.37**n for n, name in enumerate(sorted(variables(one) | variables(other)))}
     env["infinity"] = 1e12
     ends = {-1e12, 1e12}
 
@@ -954,7 +951,7 @@ def at_points(one, other, names, renamed=()):
         yield complex(value(one, env)), complex(value(other, env))
 
 
-def near(a, b, part=1e-9, least=1e-6):
+def near(a, b, part=1e-9, least=0):
     """Is their difference no more than a part of the larger one? Both may be 0, of which rounding leaves `least`."""
     return abs(a - b) <= part * max(abs(a), abs(b), least)
 
@@ -976,8 +973,8 @@ def rounded(tree, exact, digits=4):
     return abs(number - exact) <= Fraction(1, 2 * 10 ** len(size[2].partition(".")[2]))
 
 
-CONSTANTS = {"e": Decimal("2.718281828459045235360287471352662497757247093699959574966967627724077"), "i": 1j}
-PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592307816")
+CONSTANTS = {"e": Decimal("2.718281828459045235360287471352662497757247093699959574966967627724077"),
+             "pi": Decimal("3.141592653589793238462643383279502884197169399375105820974944592307816"), "i": 1j}
 # five points: a positive number for each variable, which no formula is likely to single out
 POINTS = [[complex(rng.uniform(0.3, 2.5)) for _ in range(LONGEST)] for rng in map(random.Random, range(5))]
 SCALES = {"%": "1/100", "degree": r"\pi/180"}  # units that are numbers
@@ -996,8 +993,6 @@ def value(tree, env=CONSTANTS):
         return members[0]
     if kind == "variable":
         return env[members[0]]
-    if kind not in OPERATIONS:
-        raise Unreadable(f"no value: {kind}")
     numbers = alike(*map(value, members, repeat(env)))
     if kind in FUNCTIONS and "l" not in kind and abs(numbers[0]) > 1e6:
         raise Unreadable(f"{kind} of a number beyond a million")
@@ -1030,7 +1025,7 @@ def power(a, b):
             raise Unreadable("a power of zero")
         return a
     if isinstance(a, Fraction) and b.denominator == 1:
-        if abs(b) > EXPONENT or bits(a) * abs(b) > BITS:
+        if bits(a) * abs(b) > BITS:
             raise Unreadable("too large a power")
         return a ** int(b)
     # beyond this the result overflows, or its rounding error grows too large
@@ -1063,7 +1058,7 @@ def factorial(x):
 OPERATIONS = {  # a kind of tree with a value: how it follows from the values of its members
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": power, "root": root,
     "!": factorial, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
-    "pi": lambda: PI, "abs": abs,
+    "abs": abs,
     # of letters: any two functions that no formula is likely to name, for two steps may agree at all points
     "floor": lambda x: cmath.exp(1.1 * x) if isinstance(x, complex) else Fraction(math.floor(x)),
     "ceil": lambda x: cmath.exp(1.2 * x) if isinstance(x, complex) else Fraction(math.ceil(x)),

@@ -2030,6 +2030,9 @@ RIGHT = [
     ("so #### 1,000", "1000"),
     ("####72", "72"),
     ("####  72.", "72"),
+    (r"\boxed 5", "5"),
+    (r"\boxed 5.", "5"),
+    (r"\boxed 5.5", "5.5"),
     (r"\boxed {5}", "5"),  # one token without braces, of braces too
     (r"first \boxed{5}, no: \boxed{6}", "6"),  # the last box counts
     (r"\boxed{5} and \boxed{6", "5"),  # a box that is left open is none
@@ -2075,6 +2078,7 @@ WRONG = [
     # another answer
     (r"\boxed{73}", "72"),
     (r"\boxed{-72}", "72"),
+    (r"\boxed 5.5", "5"),
     (r"\boxed{6} then \boxed{5}", "6"),  # the last box counts
     (r"\boxed{0.333}", r"\frac{1}{3}"),  # too few digits
     (r"\boxed{1/2}", "12"),
@@ -2449,6 +2453,36 @@ EQUAL = [  # both ways round
     # all numbers but some
     (r"x \ne -2, 2", r"x \ne \pm 2"),
     (r"x \ne -2, 2", r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)"),
+    # raised and lowered digits, and the sign of the root
+    ("2⁴", "16"),
+    ("2¹⁰", "1024"),
+    ("10⁻³", "0.001"),
+    ("x⁴ + x²", "x^4 + x^2"),
+    ("x₁₂", "x_{12}"),
+    ("√12", r"2\sqrt3"),
+    ("3√2", r"3\sqrt{2}"),
+    # 'or' between inequalities joins sets, between equations it makes a list
+    ("x < 1 or x > 3", r"(-\infty,1)\cup(3,\infty)"),
+    (r"x > 2 \text{ or } x > 5", r"(2,\infty)"),
+    (r"x \le -2 \lor x = 5", r"(-\infty,-2]\cup\{5\}"),
+    ("x = 1 or x = 2", "1, 2"),
+    (r"x > 1 \text{ and } x < 4", "(1,4)"),
+    # ordinals, counts
+    ("1st", "1"),
+    (r"22^{\text{nd}}", "22"),
+    ("3rd", "3"),
+    ("11th", "11"),
+    ("20 paths", "20"),
+    # rules that stand nowhere else
+    (r"\pm1, \pm2", "1, -1, 2, -2"),
+    ("-0.3333", "-1/3"),
+    (r"\sqrt[3]{-8}", "-2"),
+    (r"\sqrt0", "0"),
+    ("f(2) = 5", "5"),
+    (r"\sin(x)y", r"y\sin x"),
+    (r"\cot x", r"\frac{\cos x}{\sin x}"),
+    (r"5 > x \ge 2", "[2,5)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&\frac42\\3&4\end{bmatrix}"),
 ]
 DIFFERENT = [  # both ways round
     # signs and sizes
@@ -2694,6 +2728,45 @@ DIFFERENT = [  # both ways round
     (r"x \ne 2, 3", "2, 3"),
     (r"x \ne 2, 3", r"x \ne 2"),
     (r"x \ne 2, 3", r"x \ne 2, x = 3"),
+    # raised and lowered digits, and the sign of the root
+    ("2⁴", "24"),
+    ("x⁴", "4x"),
+    ("2¹⁰", "210"),
+    ("x₁", "x"),
+    ("√12", "2"),
+    ("2^3^2", "64"),  # nobody can say which is meant
+    # 'or' is not 'and'
+    ("x > 1 or x < 4", "(1,4)"),
+    ("x > 2 or x > 5", r"(5,\infty)"),
+    # the letter matters, and so does it that it is an integer, or odd
+    ("x > 5", "y > 5"),
+    ("x < 1, x > 3", "y < 1, y > 3"),
+    ("[a,b]", r"a \le y \le a+1"),
+    (r"0 < x < 4, x \in \mathbb{Z}", "(0,4)"),
+    (r"n^2 \text{ for all odd } n", "n^2"),
+    ("x = x", "x = 5"),
+    # numbers near 0
+    (r"1.38 \times 10^{-23} T", r"6.63 \times 10^{-34} T"),
+    # ordinals, counts, units, words
+    ("4st", "4"),
+    ("12rd", "12"),
+    ("3 fourths", "3"),
+    ("2 thirteenths", "2"),
+    ("5 gross", "5"),
+    (r"5 \text{ ms}", r"5 \text{ m}"),
+    ("5 east", "5 seat"),
+    (r"\text{(n)}", "m"),
+    ("0.(3)", "0"),
+    ("0.(3)", "0.3"),
+    # rules that stand nowhere else
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&5\\3&4\end{pmatrix}"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
+    ("1011_2", "[1011,2]"),
+    ("x'y", "xy'"),
+    (r"e^{\pi\sqrt{163}}", "262537412640768744"),
+    ("0.3333", "0.33334"),
+    ("0^0", "1"),
+    (r"\sin(10^8)", r"\sin(10^8+1)"),
 ]
 
 
