@@ -569,7 +569,7 @@ def microbatches(samples, args, device, together=1):
     longest = lambda unit: max(length[i] for i in unit)
     groups = []
     for unit in sorted(batched(range(len(samples)), together), key=longest, reverse=True):
-        if groups and (len(groups[-1]) + together) * longest(groups[-1]) <= args.tokens_per_microbatch:
+        if groups and (len(groups[-1]) + together) * longest(groups[-1][:together]) <= args.tokens_per_microbatch:
             groups[-1] += unit
         else:
             groups.append([*unit])

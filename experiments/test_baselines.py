@@ -210,7 +210,7 @@ SHORT = {"rebel": [], "grpo": ["--group=4", "--minibatches=2"], "ppo": ["--criti
 
 
 @whole
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", ["grpo", "ppo", pytest.param("rebel", marks=pytest.mark.long)])
 def test_each_runs_and_goes_on(name, all_rows, tmp_path):
     """Four steps in one go are two and two, the critic's and the optimizer's state included."""
     more = [*SHORT[name], "--batch_size=11"]

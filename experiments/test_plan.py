@@ -20,8 +20,10 @@ all_rows = test_apo.all_rows  # a fixture
 
 
 @pytest.mark.parametrize("kind,recompute,budget,lora", [
-    ("Qwen2", "yes", 2048, None), ("Qwen2", "no", 2048, None), ("Llama", "yes", 1024, None),
-    ("GPT2", "yes", 2048, None), ("Qwen2", "yes", 1024, 4), ("Llama", "no", 1024, 4)])
+    ("Qwen2", "yes", 2048, None), ("Llama", "no", 1024, 4), *[
+        pytest.param(*others, marks=pytest.mark.long) for others in [
+            ("Qwen2", "no", 2048, None), ("Llama", "yes", 1024, None), ("GPT2", "yes", 2048, None),
+            ("Qwen2", "yes", 1024, 4)]]])
 def test_plan_is_what_an_update_allocates(kind, recompute, budget, lora):
     """Weights, gradients, optimizer, reference, activations: two real updates of two micro-batches each, and every
     allocation counted. With --lora there is one model, and gradients and Adam are those of the additions alone."""
