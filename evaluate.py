@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards import fail, final_answers, is_correct
-from train import Policy, Sample, by_token
+from train import Policy, Sample, by_token, check_head
 from vstar import (
     RANK,
     Completion,
@@ -52,8 +52,8 @@ from vstar import (
 
 def main():
     args = read_flags(make_parser(), "evaluate")
-    if args.temperature == 0 and (args.samples > 1 or args.reference):
-        fail("--temperature 0 gives one greedy answer: it goes with --samples 1 and without --reference")
+    if args.temperature == 0 and args.reference:
+        fail("--temperature 0: a greedy answer has no log-probability, so no --reference")
     device, work = start_process(args, args.tensor_parallel), []
     with first_process_first("prepared"):
         args.engine, why = pick_engine(args.engine)
@@ -181,6 +181,7 @@ def divergence(rows, prompts, args, device):
 
     def logp(model, revision=None):  # one model after the other: its memory goes when this ends
         policy = Policy(load_model(model, revision, args.dtype, device))
+        check_head(policy, device, model)
         return by_token(policy, samples, args, device).sum(-1).double().cpu().numpy()
 
     ratio = logp(args.model, args.revision) - logp(args.reference)

@@ -290,7 +290,8 @@ class TwoTokens(torch.nn.Module):
 
     def __init__(self, p):
         super().__init__()
-        self.config, self._no_split_modules, self.dtype = SimpleNamespace(), [], torch.float32
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=2))
+        self._no_split_modules, self.dtype = [], torch.float32
         self.table = torch.nn.Linear(1, 2, bias=False)
         self.table.weight.data = torch.tensor([[math.log(p)], [math.log(1 - p)]])
 
@@ -299,6 +300,9 @@ class TwoTokens(torch.nn.Module):
 
     def get_output_embeddings(self):
         return self.table
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.table(torch.ones(*input_ids.shape, 1)))
 
 
 def sampler_of(model, limit=20, temperature=1.0, rows=64, eos=(0,)):
@@ -579,6 +583,12 @@ def test_advice_on_n(beta1, right, best, good):
             assert math.isfinite(beta1) or share == pytest.approx(1 / 9, rel=1e-6)
     cost = lambda n, passes: n + vstar.STAGE2 * passes * moments[n] / moments[8]
     assert found == best == {passes: min(moments, key=lambda n: cost(n, passes)) for passes in best}
+
+
+def test_vstar_error_of_more_answers_than_a_float_counts():
+    """C(2000, 1000) is beyond 1e308; the variance still falls as 1 / n."""
+    few, many = (vstar_error(np.array([[1.0, 0.0] * 8] * 50), 0.5, n) for n in (400, 2000))
+    assert many == pytest.approx(few / 5**0.5, rel=0.1)
 
 
 def test_vstar_error_without_scatter():
@@ -1053,6 +1063,26 @@ def test_ctrl_c_says_how_to_go_on(undisturbed, tmp_path):
     assert out.read_bytes() == undisturbed[0].read_bytes()
 
 
+def test_overwrite_spares_the_model_it_starts_from(tmp_path, capsys):
+    """A second round, whose --out is the first one's by default: π_ref lies in what would be thrown away."""
+    model = shutil.copytree(HERE / "tiny/model", tmp_path / "model")
+    args = SimpleNamespace(model=str(model), overwrite=True)
+    ends_in_one_line(capsys, lambda: vstar.guard_settings(tmp_path / "config.json", args, [model]),
+                     "--overwrite would remove --model", "another --out")
+    assert len(list(model.iterdir())) > 3
+
+
+def test_overwrite_alone_leaves_the_recipe(monkeypatch):
+    for more in ([], ["--overwrite"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", *more])
+        args = train.parse_args(train.APO)
+        assert (args.steps, args.lr, args.overwrite) == (120, 3e-4, bool(more))
+
+
+def test_a_greedy_stage1_takes_one_answer(tmp_path):
+    refused(inside(*stage1(tmp_path / "v.jsonl", "--temperature=0"), check=False), "--temperature 0", "--samples 1")
+
+
 @whole
 def test_changed_settings_are_refused_by_name(undisturbed):
     out = undisturbed[0]
@@ -1436,12 +1466,18 @@ def test_additions_switched_off_are_the_base_to_the_bit(dtype):
     assert set(learning.values()) == {torch.float32} and all("lora" in name for name in learning)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_merged_folder_is_the_adapted_policy(tied, tmp_path):
-    """A plain folder, in π_ref's precision. An engine that has read π_ref gets the adapted layers alone."""
-    policy = adapted(tiny_model() if tied else small_model(19))
+@pytest.mark.parametrize("tied,dtype", [(True, "float32"), (False, "float32"), (True, "bfloat16")])
+def test_the_merged_folder_is_the_adapted_policy(tied, dtype, tmp_path):
+    """A plain folder, in fp32: in bf16 it would lose the additions. An engine that has read π_ref gets the adapted
+    layers alone."""
+    model = tiny_model() if tied else small_model(19)
+    for parameter in model.parameters():  # (not the buffers, of which the rotations' would lose digits)
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    policy = adapted(model)
     assert policy.config.tie_word_embeddings == tied
-    train.save_model(SimpleNamespace(policy=policy, args=SimpleNamespace(out=tmp_path), tokenizer=tiny_tokenizer()))
+    args = SimpleNamespace(out=tmp_path, lora=4, dtype=dtype)
+    train.save_model(SimpleNamespace(policy=policy, args=args, tokenizer=tiny_tokenizer()))
+    policy.float()
     saved, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info.values()) and saved.dtype == torch.float32
     ids = torch.arange(1, 13)[None]
@@ -1452,6 +1488,24 @@ def test_the_merged_folder_is_the_adapted_policy(tied, tmp_path):
     named = lambda weights: {name.split(".")[-2] for name, _ in weights}
     assert named(policy.full_weights(frozen=True)) == named(saved.state_dict().items()) > frozen
     assert named(policy.full_weights()) == named(saved.state_dict().items()) - frozen
+
+
+def test_the_saved_precision_is_the_wider_one(tmp_path):
+    """A step of 1e-6 would be lost in bf16, so a bf16 π_ref that is trained in fp32 is saved in fp32."""
+    model = tiny_model().bfloat16()
+    for dtype in ("bfloat16", "float32"):
+        policy = train.Policy(model)
+        policy.model.float()  # the masters
+        args = SimpleNamespace(out=tmp_path / dtype, lora=None, dtype=dtype)
+        train.save_model(SimpleNamespace(policy=policy, args=args, tokenizer=tiny_tokenizer()))
+        saved = transformers.AutoModelForCausalLM.from_pretrained(args.out / "model", dtype="auto")
+        assert saved.dtype == getattr(torch, dtype)
+        model = tiny_model().bfloat16()
+
+
+def test_lora_in_bf16_does_not_sample_with_vllm(all_rows, tmp_path):
+    command = stage2(all_rows, tmp_path / "run", "--lora=4", "--dtype=bfloat16", "--engine=vllm")
+    refused(inside(*command, check=False), "--lora", "--engine transformers")
 
 
 def test_lora_needs_linear_layers(capsys):
@@ -1516,9 +1570,8 @@ def test_blocks_that_drop_out_by_their_own_flag_are_refused(capsys):
     kind = transformers.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
                                   word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.5)
     model = transformers.OPTForCausalLM(kind)
-    args = SimpleNamespace(model="an OPT")
-    train.check_head(train.Policy(model), "cpu", args)
-    ends_in_one_line(capsys, lambda: train.check_head(train.Policy(model, recompute=True), "cpu", args), "drop out",
+    train.check_head(train.Policy(model), "cpu", "m")
+    ends_in_one_line(capsys, lambda: train.check_head(train.Policy(model, recompute=True), "cpu", "m"), "drop out",
                      "--recompute no")
 
 
@@ -1883,6 +1936,7 @@ def test_extending_a_run_is_one_long_run(trained, all_rows, tmp_path):
     (["--samples=4"], ["--samples (was 8, now 4)"]),
     (["--samples=9"], ["8 answers per prompt, not --samples 9"]),
     (["--eval_data=nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--steps=4"], ["is at step 6 already, beyond --steps 4"]),
 ])
 def test_stage2_refuses(more, words, trained, all_rows):
     refused(inside(*stage2(all_rows, trained[0], *more), check=False), *words)

@@ -150,13 +150,14 @@ def train(run, rows, held_out, start):
             numbers = [update(run, *part) for part in minibatches(samples, given, args, objective.passes)]
             check_numbers(numbers[0], step, log.noise, args)
 
-        # 4. measure, log, save. A signal to stop ends the run after this step, on all processes alike
-        done, last, stop = step + 1, step + 1 == args.steps, log.asked_to_stop()
+        # 4. measure, log, save
+        done, last = step + 1, step + 1 == args.steps
         metrics = {"step": done, **numbers[0], **batch_metrics(samples),
                    "clipped": sum(some["clipped"] for some in numbers) / len(numbers)}
         if held_out and (last or done % args.eval_every == 0):
             metrics["accuracy"] = accuracy(run, held_out, log)
         log(metrics, samples, given)
+        stop = log.asked_to_stop()  # a signal to stop ends the run after this step, on all processes alike
         if last or stop or done % args.save_every == 0:
             with log.phase("saving"):
                 save_checkpoint(run, done)
@@ -422,17 +423,23 @@ def main(Objective=APO):
         held_out = load_problems(args.eval_data, args.eval_split, *fields) if args.eval_data else []
         held_out = held_out[: args.eval_limit]
         tokenizer, eos = ask(rows + held_out, args)
+        if args.lora and args.dtype == "bfloat16":  # see save_model; vLLM would go on sampling from π_ref
+            if args.engine == "vllm":
+                fail("--lora samples with --engine transformers: vLLM's bf16 weights would lose the small additions")
+            args.engine = "transformers"
         args.engine, why = pick_engine(args.engine)
         if RANK == 0:
             made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "samples", "model")]
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
                     "tokens_per_microbatch", "recompute", "offload_reference"]
             guard_settings(args.out / "config.json", args, made, free, algorithm=objective.name, stage1=stage1,
-                           vstar_sum=sum(row["vstar"] for row in rows))
+                           vstar_sum=round(sum(row["vstar"] for row in rows), 6))  # another CPU may round otherwise
             print(f"Stage 2: {len(rows)} prompts of {stage1['data']}, {args.steps} steps of {args.batch_size} from "
                   f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}; accuracy on "
                   f"{len(held_out)} held-out problems (--eval_data)")
     start = int(sum_over_ranks(last_checkpoint(args.out) if RANK == 0 else 0))
+    if start > args.steps:
+        fail_together(f"{args.out} is at step {start} already, beyond --steps {args.steps}")
     run = make_run(args, objective, tokenizer, eos, rows + held_out, device)
     if start > 0:
         load_checkpoint(run, start)
@@ -501,7 +508,7 @@ def make_run(args, objective, tokenizer, eos, prompts, device):
     if recompute and not policy.blocks and RANK == 0:
         print("nothing is recomputed: transformers does not say what this architecture's blocks are")
     barrier("loaded")  # slow disks and engines must not run into the ten minutes of NCCL's first collective
-    check_head(policy, device, args)
+    check_head(policy, device, args.model)
     trained = torch.nn.ModuleList(network for network, _ in learners)
     return Run(args, objective, tokenizer, policy, reference, trained, optimizer, sampler, device)
 
@@ -649,7 +656,7 @@ def check_numbers(numbers, step, noise, args):
     if args.engine == "vllm":
         tolerance = max(tolerance, 0.01)  # its kernels may multiply fp32 as TF32
     # an engine that kept its first weights agrees with π_ref; where all is rounding, the two mismatches are alike
-    if mismatch > max(tolerance, 10 * noise) or numbers["reference_mismatch"] < mismatch / 2:
+    if not mismatch <= max(tolerance, 10 * noise) or numbers["reference_mismatch"] < mismatch / 2:
         fail_together(f"the sampler's log-probabilities are off the trainer's by {mismatch:.3g} per token, and off "
                       f"π_ref's by {numbers['reference_mismatch']:.3g}: does it still hold old weights?")
 
@@ -672,18 +679,18 @@ def refuse_infinite(broken, norms):
 
 
 @torch.no_grad()
-def check_head(policy, device, args):
+def check_head(policy, device, model):
     """Is 'the last hidden state through the head' this architecture's logits? (Some scale or cap them afterwards.)"""
     ids = torch.arange(1, 9, device=device)[None] % policy.config.get_text_config().vocab_size
     ours = policy(input_ids=ids, mask=ids >= 0)
     logits = policy(input_ids=ids, use_cache=False).logits[:, :-1].float()
     theirs = torch.distributions.Categorical(logits=logits).log_prob(ids[:, 1:])
     if (ours - theirs).abs().mean() > 0.1:  # one alone may be off by the step from one bf16 number to the next
-        fail_together(f"--model {args.model}: its logits are changed after the head, in a way unknown to Policy.head")
+        fail_together(f"--model {model}: its logits are changed after the head, in a way unknown to Policy.head")
     with torch.enable_grad():  # as in the update
         once, again = (policy(input_ids=ids, mask=ids >= 0) for _ in range(2))
     if not once.equal(again):
-        fail_together(f"--model {args.model}: two passes in training differ, so its blocks drop out; --recompute no")
+        fail_together(f"--model {model}: two passes in training differ, so its blocks drop out; --recompute no")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,12 +741,14 @@ def load_checkpoint(run, step):
 
 
 def save_model(run):
-    """The finished model as a Hugging Face folder, in π_ref's own precision."""
-    policy, dtype = run.policy, run.policy.saved_dtype
+    """The finished model as a Hugging Face folder, in the precision of π_ref's own, or wider if π computes in that."""
+    policy, args = run.policy, run.args
+    # a weight and its small addition, summed in bf16, would be the weight again
+    dtype = torch.float32 if args.lora else torch.promote_types(policy.saved_dtype, getattr(torch, args.dtype))
     # all gather each tensor, the first process keeps it
     weights = {name: tensor.to("cpu", dtype) for name, tensor in policy.full_weights(frozen=True) if RANK == 0}
     if RANK == 0:
-        with written_whole(run.args.out / "model") as aside:
+        with written_whole(args.out / "model") as aside:
             policy.model.save_pretrained(aside, state_dict=weights)
             policy.config.dtype = dtype  # save_pretrained has named the fp32 masters'
             policy.config.save_pretrained(aside)

@@ -196,7 +196,7 @@ def vstar_scatter(rewards, beta1, n):
     """
     seen, share, right = rewards.shape[1], rewards.mean(1, keepdims=True), np.arange(n + 1)
     more = seen / (seen - 1) if seen > 1 else math.nan  # one answer says nothing of its own scatter
-    if not np.isin(rewards, (0, 1)).all():
+    if n > 500 or not np.isin(rewards, (0, 1)).all():  # or the ways are more than a float holds
         dice = np.random.default_rng(0)
         draw_again = lambda: np.take_along_axis(rewards, dice.integers(seen, size=(len(rewards), n)), 1)
         drawn = [estimate_vstar(draw_again(), beta1) for _ in range(200)]
@@ -586,7 +586,7 @@ class VLLMSampler:
         self.load(doubled())
         held = lambda worker: {name: tensor for name, tensor in worker.get_model().named_parameters() if name in pushed}
         (arrived,) = self.llm.collective_rpc(held)
-        if not all(tensor.equal(pushed[name].to(tensor)) for name, tensor in arrived.items()):
+        if not arrived or not all(tensor.equal(pushed[name].to(tensor)) for name, tensor in arrived.items()):
             fail("vLLM does not take the policy's weights: it holds others after a push; try --engine transformers")
         self.proved = True
 
@@ -640,8 +640,13 @@ class Flags(argparse.ArgumentParser):
 
 
 def read_flags(parser, recipe):
-    """With no flags a script reads its own recipe in tiny/. With any, the defaults hold."""
-    args = parser.parse_args(sys.argv[1:] or [f"@{Path(__file__).parent / 'tiny' / recipe}.args"])
+    """With no flags, or --overwrite alone, a script reads its own recipe in tiny/. With any other the defaults hold."""
+    flags = sys.argv[1:]
+    if not {*flags} - {"--overwrite"}:
+        flags.append(f"@{Path(__file__).parent / 'tiny' / recipe}.args")
+    args = parser.parse_args(flags)
+    if getattr(args, "temperature", 1) == 0 and args.samples > 1:
+        fail("--temperature 0 gives one greedy answer: it goes with --samples 1")
     load_reward(getattr(args, "reward", None))  # what is wrong with it is said before a model is loaded
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (value > 0 or (value == 0 and f"--{name}" in parser.may_be_zero)):
@@ -707,6 +712,7 @@ def run_script(main):
         in_one_line(main)
     except SystemExit as end:
         if end.code and "vllm" in sys.modules:  # torn down now, an engine (asleep, say) would print errors behind ours
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)
         raise
@@ -903,6 +909,8 @@ def guard_settings(config, args, made, free=(), **more):
     settings = json.loads(json.dumps(settings, default=str))
     if args.overwrite:
         for path in (config, *made):
+            if Path(args.model).resolve().is_relative_to(path.resolve()):
+                fail(f"--overwrite would remove --model {args.model}; give another --out")
             remove(path)
     if config.exists():
         try:

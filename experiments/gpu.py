@@ -39,6 +39,7 @@ import train
 import vstar
 from experiments import lab, plan
 from experiments.speed import limits, phases
+from rewards import fail
 from vstar import Completion, TransformersSampler, draw, remove, run_script
 
 GPU = torch.cuda.is_available()
@@ -64,7 +65,7 @@ def main():
     if GPU or args.toy:
         lab.save(args.out / "gpu" if args.toy else "gpu", **found)
     if any("failed" in result or not result.get("holds", True) for result in found.values()):
-        sys.exit("not all of it holds")
+        fail("not all of it holds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def train_world(args, dtype, out):
     script(train, "@tiny/train.args", "--engine=transformers", f"--dtype={dtype}", f"--vstar={stage1(args)}",
            f"--out={out}", "--show_every=0", *toy)
     if not (out / "model").exists():
-        sys.exit(f"{out} was stopped before its end")
+        fail(f"{out} was stopped before its end")
     return lab.read(out / "metrics.jsonl")
 
 

@@ -119,7 +119,8 @@ def plan_training(args, objective, prompt, completion):
     ranks, gpu = read_machine(args.machine)
     shape, on_gpu = load_shape(args), gpu != "CPU"
     if args.engine == "auto":
-        args.engine = ("vllm" if on_gpu else "transformers") if args.machine else vstar.pick_engine("auto")[0]
+        on_vllm = on_gpu and not args.lora if args.machine else vstar.pick_engine("auto")[0] == "vllm"
+        args.engine = "vllm" if on_vllm else "transformers"
     dtype, width = precision(args, gpu), math.ceil(prompt) + args.max_new_tokens
     parts = memory(shape, args, objective, ranks, gpu if on_gpu else None, dtype, width)
     print(f"{args.model}: {shape.total:,} parameters, --algorithm {objective.name}, {ranks} × {gpu}, computed in "
