@@ -4,7 +4,8 @@
     python -m experiments.compare --launch 'torchrun --nproc_per_node 8' --jobs 1 --rates 1e-6 3e-6 \\
         --betas 1e-3 1e-4 --seeds 3 --steps 300 --stage1 '--model Qwen/Qwen2.5-1.5B --data math' \\
         --train '--eval_data math500'        (a real model)
-    python -m experiments.compare --name compare-tictactoe --keep_sweep --steps 60 --stage1 '--samples 2 \\
+    python -m experiments.compare --name compare-tictactoe --rates 1e-4 3e-4 1e-3 --betas 0.01 --steps 25 \\
+        --reach 0.80 0.85 --stage1 '--samples 2 \\
         --model out/tasks/tictactoe/world --data out/tasks/tictactoe/train.jsonl --prompt {question} \\
         --reward experiments/tasks/tictactoe.py:reward --max_new_tokens 48 --decode_rows 1024' \\
         --train '@tiny/train.args --eval_data out/tasks/tictactoe/test.jsonl'      (a task, after its own script)
