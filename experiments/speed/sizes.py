@@ -65,7 +65,8 @@ def on_one(args, name, lora, gpu):
     """What one GPU needs beside the least --gpu_memory, in the plan's words."""
     shape = plan.load_shape(Namespace(model=str(lab.ROOT / f"out/sizes/{name}"), revision=None))
     share = plan.vllm_share(shape, gpu, torch.bfloat16)
-    args = Namespace(**{**vars(args), "lora": lora, "gpu_memory": share})
+    engine = "transformers" if lora else "vllm"  # as train.py chooses in bf16
+    args = Namespace(**{**vars(args), "lora": lora, "gpu_memory": share, "engine": engine})
     said = plan.remedy(shape, args, APO(args), 1, gpu, torch.bfloat16, 1224)
     return re.sub("^it does not fit; it would with |^it |; so would.*", "", said)
 
