@@ -897,12 +897,13 @@ def test_guard_settings(tmp_path, capsys):
     made, config = tmp_path / "rows.jsonl", tmp_path / "rows.config.json"
 
     def guard(algorithm="apo", **more):
-        flags = dict(samples=8, out=made, overwrite=False, decode_rows=1, engine="transformers", show=3, revision=None)
+        flags = dict(model="m", samples=8, out=made, overwrite=False, decode_rows=1, engine="transformers", show=3,
+                     revision=None)
         vstar.guard_settings(config, SimpleNamespace(**{**flags, **more}), [made], ["show"], algorithm=algorithm)
 
     guard()
     saved = json.loads(config.read_text())
-    assert saved["settings"] == dict(samples=8, engine="transformers", revision=None, algorithm="apo")
+    assert saved["settings"] == dict(model="m", samples=8, engine="transformers", revision=None, algorithm="apo")
     assert saved["samples"] == 8  # those asked for last, also where they are free
     assert set(saved["versions"]) == {"python", "torch", "transformers"}
     made.write_text("rows")

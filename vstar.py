@@ -645,7 +645,7 @@ def read_flags(parser, recipe):
     if not {*flags} - {"--overwrite"}:
         flags.append(f"@{Path(__file__).parent / 'tiny' / recipe}.args")
     args = parser.parse_args(flags)
-    if getattr(args, "temperature", 1) == 0 and args.samples > 1:
+    if getattr(args, "temperature", 1) == 0 and getattr(args, "samples", 1) > 1:
         fail("--temperature 0 gives one greedy answer: it goes with --samples 1")
     load_reward(getattr(args, "reward", None))  # what is wrong with it is said before a model is loaded
     for name, value in vars(args).items():
