@@ -1923,7 +1923,7 @@ def test_broken_files_each_end_in_one_line(trained, all_rows, tmp_path):
     inside(*stage1(tmp_path / "p.jsonl"))
 
 
-@whole
+@long
 def test_extending_a_run_is_one_long_run(trained, all_rows, tmp_path):
     inside(*stage2(all_rows, tmp_path, "--steps=4"))
     inside(*stage2(all_rows, tmp_path, "--eval_every=2"))
@@ -3356,7 +3356,7 @@ def test_greedy_evaluation(tmp_path):
     (["--samples=0"], ["--samples", "0 is too small"]),
     (["--data=nonsense"], ["unknown data set 'nonsense'"]),
     (["--temperature=0"], ["--samples 1"]),
-    (["--temperature=0", "--samples=1", "--reference=tiny/model"], ["without --reference"]),
+    (["--temperature=0", "--samples=1", "--reference=tiny/model"], ["--temperature 0", "no --reference"]),
     (["--limit=0"], ["--limit", "0 is too small"]),
     (["--model=./nowhere"], ["./nowhere", "no such folder"]),
     (["--model", "tiny/model", "./tiny/model"], ["./tiny/model", "named before"]),  # one file of answers for two
