@@ -1541,12 +1541,13 @@ def test_memory_does_not_grow_with_vocabulary_times_batch(monkeypatch):
 def test_stale_weights_and_a_wrong_reference_are_noticed(capsys):
     args = SimpleNamespace(dtype="float32", engine="transformers")
     good = dict(log_ratio_abs=0.0, mismatch=1e-5, reference_mismatch=1e-5, length=20.0)
-    check = lambda step, noise=1e-5, **other: train.check_numbers({**good, **other}, step, noise, args)
+    check = lambda step, first=1e-5, **other: train.check_numbers({**good, **other}, step, first, args)
     check(0)
     ends_in_one_line(capsys, lambda: check(0, 0, mismatch=0.05, reference_mismatch=0.05), "old weights")  # at once
     check(5, log_ratio_abs=1.0)  # only at step 0 it must be 0
     check(5, mismatch=9e-4, reference_mismatch=0.3)  # rounding
     ends_in_one_line(capsys, lambda: check(5, mismatch=0.05, reference_mismatch=0.3), "old weights")
+    ends_in_one_line(capsys, lambda: check(5, mismatch=math.nan), "old weights")
     check(5, 6e-3, mismatch=0.05, reference_mismatch=0.3)  # but not where step 0 had as much noise
     ends_in_one_line(capsys, lambda: check(1, mismatch=5e-4, reference_mismatch=2e-4), "old weights")  # nearer to π_ref
     ends_in_one_line(capsys, lambda: check(0, log_ratio_abs=1.0), "agree", "0.05 per token")
@@ -1657,14 +1658,14 @@ def test_a_restart_remembers_the_first_mismatch(tmp_path, monkeypatch):
     args = SimpleNamespace(out=tmp_path, steps=3, wandb=None)
     kept = [dict(step=0), dict(step=1, mismatch=0.25), dict(step=2, mismatch=9.0)]
     train.write_rows(tmp_path / "metrics.jsonl", kept)
-    assert train.Log(SimpleNamespace(args=args), 2).noise == 0.25
+    assert train.Log(SimpleNamespace(args=args), 2).first_mismatch == 0.25
     log = train.Log(SimpleNamespace(args=args), 0)
-    assert log.noise == 0  # before the first step nothing is known, and the tolerance alone counts
+    assert log.first_mismatch == 0  # before the first step nothing is known, and the tolerance alone counts
     monkeypatch.setattr(train, "RANK", 1)
     log(dict(step=0, accuracy=0.5))
     log(dict(step=1, mismatch=7.0))
     log(dict(step=2, mismatch=8.0))
-    assert log.noise == 7.0
+    assert log.first_mismatch == 7.0
 
 
 ILL = {

@@ -121,7 +121,8 @@ class APO:
         return len(samples)
 
     def losses(self, logp, given, mask, inputs):
-        """Yields (name, a loss for each row) of a micro-batch; logp, mask: (rows, tokens), `given`: of these rows.
+        """Yields (name, a loss for each row, or pair of them for REBEL) of a micro-batch; logp, mask: (rows, tokens),
+        `given`: of these rows.
 
         `update` runs the backward pass after each, so the graphs of two networks never exist together. A second network
         reads `inputs`.
@@ -148,7 +149,7 @@ def train(run, rows, held_out, start):
         with log.phase("update"):
             set_rate(run.optimizer, step, args)
             numbers = [update(run, *part) for part in minibatches(samples, given, args, objective.passes)]
-            check_numbers(numbers[0], step, log.noise, args)
+            check_numbers(numbers[0], step, log.first_mismatch, args)
 
         # 4. measure, log, save
         done, last = step + 1, step + 1 == args.steps
@@ -176,16 +177,16 @@ def update(run, samples, given):
     logp, sums, broken = torch.zeros_like(given["ref_logp"]), Counter(), []
     for chosen, ids, mask in microbatches(samples, args, run.device, objective.together):
         inputs = dict(input_ids=ids, mask=mask, temperature=args.temperature)
-        # (rows, width - 1) fp32. One that is made up has chosen no sample: its slice is empty, and its gradient zero
-        part = run.policy(**inputs)[: len(chosen)]
-        width = part.shape[1]
-        for name, losses in objective.losses(part, take(given, chosen, width), mask[: len(chosen), 1:], inputs):
+        # (rows, width - 1) fp32. Where a process has no samples left, `chosen` is empty and its gradient 0
+        part_logp = run.policy(**inputs)[: len(chosen)]
+        width = part_logp.shape[1]
+        for name, losses in objective.losses(part_logp, take(given, chosen, width), mask[: len(chosen), 1:], inputs):
             # FSDP averages over processes; times WORLD over the global count makes that the mean of one big batch
             (losses.sum() * WORLD / count).backward()
             sums[name] += losses.sum().item() / count
             bad = (~losses.isfinite()).nonzero()[:, 0] * objective.together
             broken += [samples[chosen[i]].row["id"] for i in bad]
-        logp[chosen, :width] = part.detach()
+        logp[chosen, :width] = part_logp.detach()
     norms = [full_tensor(clip_grad_norm_(group["params"], args.max_grad_norm)).item()
              for group in optimizer.param_groups]
     refuse_infinite(broken, norms)
@@ -352,12 +353,12 @@ def accuracy(run, held_out, log):
 FROM_STAGE1 = ("model", "revision", "prompt", "chat", "chat_args", "stop", "reward", "temperature", "max_new_tokens")
 
 
-class Run(NamedTuple):
+class Run(NamedTuple):  # what the loop works with
     args: object  # the flags, and FROM_STAGE1
     objective: APO
     tokenizer: object
     policy: Policy
-    reference: Policy
+    reference: Policy  # with --lora policy.unadapted
     trained: torch.nn.ModuleList  # the policy, and what the objective trains beside it
     optimizer: torch.optim.Optimizer
     sampler: object
@@ -643,10 +644,10 @@ def batch_metrics(samples):
                            unsolved=sum(max(sample.row["rewards"]) < 1 for sample in samples))
 
 
-def check_numbers(numbers, step, noise, args):
+def check_numbers(numbers, step, first_mismatch, args):
     """What silently ruins runs: π is not π_ref at the start, or the engine samples with other weights than π's.
 
-    `noise` is the mismatch at step 0, where even an engine that never gets new weights has the right ones (at step 0
+    `first_mismatch` is that of step 0, where even an engine that never gets new weights has the right ones (at step 0
     itself: 0, so that the tolerance alone counts). A bound that followed later steps would follow the drift, too.
     """
     tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats per token; bf16 rounds
@@ -656,7 +657,7 @@ def check_numbers(numbers, step, noise, args):
     if args.engine == "vllm":
         tolerance = max(tolerance, 0.01)  # its kernels may multiply fp32 as TF32
     # an engine that kept its first weights agrees with π_ref; where all is rounding, the two mismatches are alike
-    if not mismatch <= max(tolerance, 10 * noise) or numbers["reference_mismatch"] < mismatch / 2:
+    if not mismatch <= max(tolerance, 10 * first_mismatch) or numbers["reference_mismatch"] < mismatch / 2:
         fail_together(f"the sampler's log-probabilities are off the trainer's by {mismatch:.3g} per token, and off "
                       f"π_ref's by {numbers['reference_mismatch']:.3g}: does it still hold old weights?")
 
@@ -785,7 +786,7 @@ class Log:
         self.run, self.seconds, self.signals, self.told = run, Counter(), [], set()
         self.history = read_metrics(args.out / "metrics.jsonl", start) if RANK == 0 else []
         # the engine's mismatch at the run's first step, also after a restart; the first process alone has the history
-        self.noise = sum_over_ranks(next((row["mismatch"] for row in self.history if "mismatch" in row), 0.0))
+        self.first_mismatch = sum_over_ranks(next((row["mismatch"] for row in self.history if "mismatch" in row), 0.0))
         self.bar = tqdm(range(start, args.steps), "Stage 2", args.steps, initial=start, disable=RANK > 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.signals.append(number))
@@ -807,7 +808,7 @@ class Log:
 
     def __call__(self, row, samples=(), given=None):
         """A row of metrics.jsonl, and what a person sees of it."""
-        self.noise = self.noise or row.get("mismatch", 0.0)
+        self.first_mismatch = self.first_mismatch or row.get("mismatch", 0.0)
         if RANK > 0:
             return
         if samples:
