@@ -3541,10 +3541,13 @@ def test_vllm_trains_like_transformers(vllm_engine, all_rows, tmp_path, ranks):
 
 
 @whole
-@pytest.mark.parametrize("load,words", [("lambda *_: None", "does it still hold old weights"),
-                                        ("lambda self, weights: list(weights)", "does not take the policy's weights")])
-def test_vllm_with_old_weights_is_noticed(vllm_engine, all_rows, tmp_path, load, words):
-    """By the log-probabilities, and, where a push is read and lost, in the engine's own weights before a first step."""
+@pytest.mark.parametrize("arrive,words", [(0, "does not take the policy's weights"),
+                                          (2, "does it still hold old weights")])
+def test_vllm_with_old_weights_is_noticed(vllm_engine, all_rows, tmp_path, arrive, words):
+    """Where no push arrives, in the engine's own weights before a first step; where all but the first two get lost (the
+    one that is read back, and π_ref), by the log-probabilities."""
+    load = (f"lambda self, weights, load=vstar.VLLMSampler.load, left=[0] * {arrive}: "
+            "load(self, weights) if left and not left.pop() else list(weights)")
     stale = (f"import runpy, vstar; vstar.VLLMSampler.load = {load}; "
              "runpy.run_path('train.py', run_name='__main__')")
     more = ["--steps=10", "--batch_size=128", "--eval_every=99", "--engine=vllm"]
