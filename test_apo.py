@@ -1067,10 +1067,11 @@ def test_ctrl_c_says_how_to_go_on(undisturbed, tmp_path):
 def test_overwrite_spares_the_model_it_starts_from(tmp_path, capsys):
     """A second round, whose --out is the first one's by default: π_ref lies in what would be thrown away."""
     model = shutil.copytree(HERE / "tiny/model", tmp_path / "model")
-    args = SimpleNamespace(model=str(model), overwrite=True)
-    ends_in_one_line(capsys, lambda: vstar.guard_settings(tmp_path / "config.json", args, [model]),
+    args, rows = SimpleNamespace(model=str(model), overwrite=True), tmp_path / "metrics.jsonl"
+    rows.write_text("rows")
+    ends_in_one_line(capsys, lambda: vstar.guard_settings(tmp_path / "config.json", args, [rows, model]),
                      "--overwrite would remove --model", "another --out")
-    assert len(list(model.iterdir())) > 3
+    assert len(list(model.iterdir())) > 3 and rows.exists()
 
 
 def test_overwrite_alone_leaves_the_recipe(monkeypatch):
@@ -1493,15 +1494,13 @@ def test_the_merged_folder_is_the_adapted_policy(tied, dtype, tmp_path):
 
 def test_the_saved_precision_is_the_wider_one(tmp_path):
     """A step of 1e-6 would be lost in bf16, so a bf16 π_ref that is trained in fp32 is saved in fp32."""
-    model = tiny_model().bfloat16()
     for dtype in ("bfloat16", "float32"):
-        policy = train.Policy(model)
+        policy = train.Policy(tiny_model().bfloat16())
         policy.model.float()  # the masters
         args = SimpleNamespace(out=tmp_path / dtype, lora=None, dtype=dtype)
         train.save_model(SimpleNamespace(policy=policy, args=args, tokenizer=tiny_tokenizer()))
         saved = transformers.AutoModelForCausalLM.from_pretrained(args.out / "model", dtype="auto")
         assert saved.dtype == getattr(torch, dtype)
-        model = tiny_model().bfloat16()
 
 
 def test_lora_in_bf16_does_not_sample_with_vllm(all_rows, tmp_path):

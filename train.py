@@ -424,11 +424,7 @@ def main(Objective=APO):
         held_out = load_problems(args.eval_data, args.eval_split, *fields) if args.eval_data else []
         held_out = held_out[: args.eval_limit]
         tokenizer, eos = ask(rows + held_out, args)
-        if args.lora and args.dtype == "bfloat16":  # see save_model; vLLM would go on sampling from π_ref
-            if args.engine == "vllm":
-                fail("--lora samples with --engine transformers: vLLM's bf16 weights would lose the small additions")
-            args.engine = "transformers"
-        args.engine, why = pick_engine(args.engine)
+        args.engine, why = pick_engine(wanted_engine(args))
         if RANK == 0:
             made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "samples", "model")]
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
@@ -451,6 +447,15 @@ def main(Objective=APO):
     run.sampler.close()  # vLLM leaves the process group, and must do so before it is destroyed
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wanted_engine(args):
+    """--engine. But --lora in bf16 takes the decode loop: vLLM would go on sampling from π_ref (see save_model)."""
+    if not args.lora or args.dtype != "bfloat16":
+        return args.engine
+    if args.engine == "vllm":
+        fail("--lora samples with --engine transformers: vLLM's bf16 weights would lose the small additions")
+    return "transformers"
 
 
 def read_stage1(args):

@@ -908,9 +908,9 @@ def guard_settings(config, args, made, free=(), **more):
     settings = {key: value for key, value in {**vars(args), **more}.items() if key not in free}
     settings = json.loads(json.dumps(settings, default=str))
     if args.overwrite:
+        if any(Path(args.model).resolve().is_relative_to(path.resolve()) for path in made):
+            fail(f"--overwrite would remove --model {args.model}; give another --out")
         for path in (config, *made):
-            if Path(args.model).resolve().is_relative_to(path.resolve()):
-                fail(f"--overwrite would remove --model {args.model}; give another --out")
             remove(path)
     if config.exists():
         try:

@@ -118,10 +118,11 @@ def plan_training(args, objective, prompt, completion):
     """Prints what train.py will need; prompt and completion: mean tokens."""
     ranks, gpu = read_machine(args.machine)
     shape, on_gpu = load_shape(args), gpu != "CPU"
-    if args.engine == "auto":
-        on_vllm = on_gpu and not args.lora if args.machine else vstar.pick_engine("auto")[0] == "vllm"
-        args.engine = "vllm" if on_vllm else "transformers"
     dtype, width = precision(args, gpu), math.ceil(prompt) + args.max_new_tokens
+    args.dtype = str(dtype)[6:]
+    args.engine = train.wanted_engine(args)
+    if args.engine == "auto":
+        args.engine = ("vllm" if on_gpu else "transformers") if args.machine else vstar.pick_engine("auto")[0]
     parts = memory(shape, args, objective, ranks, gpu if on_gpu else None, dtype, width)
     print(f"{args.model}: {shape.total:,} parameters, --algorithm {objective.name}, {ranks} × {gpu}, computed in "
           f"{str(dtype)[6:]}, --engine {args.engine}; planned, not measured\n")

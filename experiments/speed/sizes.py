@@ -10,7 +10,7 @@ from argparse import Namespace
 import torch
 
 from experiments import lab, plan
-from train import APO, make_parser
+from train import APO, make_parser, wanted_engine
 
 MODELS = ["1.5B", "7B", "32B", "72B"]
 COUNTS = [1, 2, 4, 8, 16, 32, 64]
@@ -65,8 +65,8 @@ def on_one(args, name, lora, gpu):
     """What one GPU needs beside the least --gpu_memory, in the plan's words."""
     shape = plan.load_shape(Namespace(model=str(lab.ROOT / f"out/sizes/{name}"), revision=None))
     share = plan.vllm_share(shape, gpu, torch.bfloat16)
-    engine = "transformers" if lora else "vllm"  # as train.py chooses in bf16
-    args = Namespace(**{**vars(args), "lora": lora, "gpu_memory": share, "engine": engine})
+    args = Namespace(**{**vars(args), "lora": lora, "gpu_memory": share, "dtype": "bfloat16", "engine": "auto"})
+    args.engine = wanted_engine(args)
     said = plan.remedy(shape, args, APO(args), 1, gpu, torch.bfloat16, 1224)
     return re.sub("^it does not fit; it would with |^it |; so would.*", "", said)
 
