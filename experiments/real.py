@@ -102,10 +102,17 @@ def make_world(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # both stages
 
-WAYS = {"full": ("apo", []), "lora16": ("apo", ["--lora=16", "--lr=5e-5"]),
+WAYS = {"full": ("apo", []), "lora16": ("apo", ["--lora=16", "--lr=1e-4"]),
         "grpo": ("grpo", ["--group=4", "--batch_size=8"]), "rebel": ("rebel", ["--batch_size=16", "--passes=1"]),
         "ppo": ("ppo", ["--critic_lr=1e-4"])}
 ALL_SEEDS = ("full", "lora16")  # the others on the first
+# what else might be chosen, one at a time; as many answers in all
+GRID = {"beta1=1": ["--beta1=1"], "beta1=inf": ["--beta1=inf"], "beta2=0.01": ["--beta2=0.01"],
+        "lr=5e-6": ["--lr=5e-6"], "lr=2e-5": ["--lr=2e-5"],
+        "batch=16": ["--batch_size=16", "--steps=48", "--eval_every=12"],
+        "batch=64": ["--batch_size=64", "--steps=12", "--eval_every=3"],
+        "lora16,lr=5e-5": ["--lora=16", "--lr=5e-5"]}
+WAYS |= {name: ("apo", flags) for name, flags in GRID.items()}
 KS = (1, 2, 4, 8)
 
 
@@ -141,7 +148,7 @@ def main():
     parser.add_argument("--weights", default=HUB, help="the hub's name of the model, a folder, or a .gguf file")
     parser.add_argument("--lessons", type=int, default=64, help="supervised steps")
     parser.add_argument("--wrong", type=float, default=0.25, help="the share of wrong demonstrations")
-    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=[way for way in WAYS if way not in GRID], choices=WAYS)
     args = parser.parse_args()
     make_world(args)
     tries = [(way, seed) for seed in range(args.seeds) for way in args.ways if seed == 0 or way in ALL_SEEDS]

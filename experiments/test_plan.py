@@ -123,10 +123,12 @@ def planned(tmp_path):
     """What is said of Qwen2.5-7B, of which the config is enough; perhaps with fewer layers."""
 
     def ask(*flags, layers=28, check=True):
-        (tmp_path / "config.json").write_text(json.dumps(dict(
+        folder = tmp_path / str(layers)  # one each: the plan reads a folder's config once
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dict(
             model_type="qwen2", hidden_size=3584, num_hidden_layers=layers, num_attention_heads=28,
             num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)))
-        return inside("-m", "experiments.plan", f"--model={tmp_path}", *flags, check=check)
+        return inside("-m", "experiments.plan", f"--model={folder}", *flags, check=check)
 
     return ask
 
@@ -137,7 +139,9 @@ def test_plan_says_what_would_fit(planned):
     assert "7,615,616,512 parameters" in said and "it fits" in said
     assert "it would with 4 GPUs\n" in planned("1xH100").stdout
     assert "it fits" in planned("1xH100", "--lora=16").stdout
-    assert "it would with --engine transformers" in planned("1xL4", "--lora=16").stdout
+    assert "it would with --tokens_per_microbatch 1224 --decode_rows 32" in planned("1xL4", "--lora=16").stdout
+    fp32 = ("1xL4", "--lora=16", "--dtype=float32")  # there vLLM can sample, and its weights are the ones too many
+    assert "it would with --engine transformers" in planned(*fp32, layers=8).stdout
     assert "it would with --gpu_memory 0.2\n" in planned("8xH100", "--gpu_memory=0.1").stdout
     largest = int(said.split("about --tokens_per_microbatch ")[1].split()[0].replace(",", ""))
     for tokens, words in ((0.97 * largest, "it fits"),
