@@ -51,9 +51,10 @@ from vstar import (
 
 
 def main():
-    args = read_flags(make_parser(), "evaluate")
-    if args.temperature == 0 and args.reference:
-        fail("--temperature 0: a greedy answer has no log-probability, so no --reference")
+    with first_process_first("flags"):
+        args = read_flags(make_parser(), "evaluate")
+        if args.temperature == 0 and args.reference:
+            fail("--temperature 0: a greedy answer has no log-probability, so no --reference")
     device, work = start_process(args, args.tensor_parallel), []
     with first_process_first("prepared"):
         args.engine, why = pick_engine(args.engine)
@@ -98,7 +99,9 @@ def make_parser():
 
 
 def report(args, results, answers):
-    named = {f"{Path(data).stem}  {model}": found for model in results for data, found in results[model].items()}
+    stems = [Path(data).stem for data in args.data]
+    short = {data: stem if stems.count(stem) == 1 else data for data, stem in zip(args.data, stems)}
+    named = {f"{short[data]}  {model}": found for model in results for data, found in results[model].items()}
     width = max(map(len, named))
     k = args.samples
     first, *others = args.model
@@ -107,7 +110,7 @@ def report(args, results, answers):
     for data in args.data:
         for model in args.model:
             f = results[model][data]
-            print(f"{Path(data).stem + '  ' + model:{width}s}  {f['accuracy']:.3f} ({f['low']:.3f} – {f['high']:.3f})  "
+            print(f"{short[data] + '  ' + model:{width}s}  {f['accuracy']:.3f} ({f['low']:.3f} – {f['high']:.3f})  "
                   f"{f['pass'][k]:.3f}   {f['majority']:.3f}  {f['finished']:8.1%}  {f['length']:6.1f}"
                   + (f"  {f['kl']:9.3f}  {f['kl_per_token']:8.4f}" if args.reference else ""))
         for model in others:

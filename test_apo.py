@@ -1793,11 +1793,13 @@ def test_stage2_killed_and_restarted(times, trained, all_rows, tmp_path):
 @whole
 def test_sigterm_saves_and_says_how_to_go_on(trained, all_rows, tmp_path):
     out, command = tmp_path / "run", stage2(all_rows, tmp_path / "run", "--save_every=100")
-    process, path = start(*command, stdout=subprocess.PIPE), out / "metrics.jsonl"
+    process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    path = out / "metrics.jsonl"
     wait_until(lambda: path.exists() and len(path.read_text()) > 1500, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "the same command goes on from here" in said, said
+    assert "stopping after this step\n" in said, said  # at once: a step may take a minute
     assert 1 <= len(list((out / "checkpoint").iterdir())) <= 2
     inside(*command)
     assert metrics(out) == metrics(trained[0]) and weights(out) == weights(trained[0])
@@ -3347,9 +3349,13 @@ def test_evaluation_by_two_processes_and_killed(trained, tmp_path):
 
 @whole
 def test_greedy_evaluation(tmp_path):
-    inside(*evaluation(tmp_path, "--temperature=0", "--samples=1", "--limit=96"))
-    (found,) = json.loads((tmp_path / "results.json").read_text())["tiny/model"].values()
-    assert found["n"] == 1 and found["finished"] == 1.0
+    same_name = tmp_path / "test.jsonl"
+    same_name.write_text(json.dumps(dict(question="2+2=", answer="4")))
+    said = inside(*evaluation(tmp_path, "--temperature=0", "--samples=1", "--limit=96", "--data", "tiny/test.jsonl",
+                              same_name)).stdout
+    found, other = json.loads((tmp_path / "results.json").read_text())["tiny/model"].values()
+    assert found["n"] == 1 and found["finished"] == 1.0 and (found["problems"], other["problems"]) == (96, 1)
+    assert "\ntiny/test.jsonl  tiny/model " in said and f"\n{same_name}  tiny/model " in said  # not twice 'test'
 
 
 @pytest.mark.parametrize("more,words", [

@@ -20,6 +20,7 @@ load as it is. When it was killed, the same command goes on where it stopped.
 import importlib.util
 import json
 import math
+import os
 import resource
 import signal
 import time
@@ -794,7 +795,7 @@ class Log:
         self.first_mismatch = sum_over_ranks(next((row["mismatch"] for row in self.history if "mismatch" in row), 0.0))
         self.bar = tqdm(range(start, args.steps), "Stage 2", args.steps, initial=start, disable=RANK > 0)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: self.signals.append(number))
+            signal.signal(number, self.hear)
         if args.wandb and RANK == 0:
             import wandb
 
@@ -807,6 +808,11 @@ class Log:
         if self.run.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - began
+
+    def hear(self, number, _):
+        if RANK == 0 and not self.signals:
+            os.write(2, b"\nstopping after this step\n")  # print may be at work just now, and is not re-entrant
+        self.signals.append(number)
 
     def asked_to_stop(self):
         return sum_over_ranks(len(self.signals)) > 0
