@@ -3330,6 +3330,13 @@ def test_evaluation_end_to_end(trained, tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 3000
 
 
+@pytest.mark.filterwarnings("error")
+def test_long_names_have_room_in_the_picture(tmp_path):
+    name = "problems  " + "/a/folder/within" * 6
+    points = [{"accuracy": share, name: name} for share in (0.4, 0.5, 0.6)]
+    vstar.picture(tmp_path / "accuracy.png", points, ["accuracy"], [[name]])  # else matplotlib warns that it does not fit
+
+
 @long
 def test_evaluation_by_two_processes_and_killed(trained, tmp_path):
     """Two processes, and one that is killed and started again, write the same files as one."""

@@ -969,7 +969,10 @@ def picture(path, rows, xs, panels):
     """Columns of `rows` against each other, as a .png: a line of panels for each x, a panel for each list of ys."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 3 * len(panels), 3 * len(xs)), layout="constrained")
+    # what is text, such as evaluate.py's models, names its own line; so it needs room, and no legend
+    texts = [len(row[y]) for row in rows for ys in panels for y in ys if isinstance(row.get(y), str)]
+    width = 2 + 3 * len(panels) + 0.09 * max(texts, default=0)
+    figure = Figure(figsize=(width, 3 * len(xs)), layout="constrained")
     axes = figure.subplots(len(xs), len(panels), squeeze=False)
     for axis, (x, ys) in zip(axes.flat, product(xs, panels)):
         for y in ys:
@@ -977,7 +980,8 @@ def picture(path, rows, xs, panels):
                 style = "o-" if len(points) < 50 else "-"
                 axis.plot(*zip(*points), style, label=y, markersize=4, linewidth=1)
         axis.set_xlabel(x)
-        axis.legend(frameon=False)
+        if not texts:
+            axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     with written_whole(path) as aside:
         figure.savefig(aside, dpi=130, format="png")
