@@ -56,7 +56,7 @@ torch.set_num_threads(1)
 # helpers: which tests run when
 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no benchmark files in ../shared/data")
-whole = pytest.mark.whole  # starts processes, or runs a stage
+whole = pytest.mark.whole  # starts processes, runs a stage, or takes seconds
 
 
 def long(test):
@@ -2936,6 +2936,7 @@ def test_fuzz_with_mutated_real_answers(work):
         assert work[0] < 5000, text
 
 
+@whole
 @needs_real
 @pytest.mark.parametrize("name", sorted(path.stem for path in REAL.glob("*.jsonl")))
 def test_real_golds_and_their_respellings(name):
@@ -2946,6 +2947,7 @@ def test_real_golds_and_their_respellings(name):
             assert rewards.is_correct(respelled, gold) and rewards.is_correct(gold, respelled), (respelled, gold)
 
 
+@whole
 def test_reward_survives_any_text():
     rng = random.Random(0)
     pieces = ["\\boxed{", "{", "}", "####", "\\", "$", "9", ",", "\\frac", "\x00", "\ud800", "é", "\n", "%", "(",
@@ -3277,6 +3279,7 @@ def test_majority_by_hand():
     assert evaluate.majority(box("1", "1", "2"), [False, False, True], [0.0, 0.0, 1.0]) == 1.0
 
 
+@whole
 def test_bootstrap_interval_covers(monkeypatch):
     """In 95 of 100 simulated experiments the interval holds the truth; paired differences too."""
     monkeypatch.setattr(evaluate.bootstrap, "__defaults__", (200, 0))  # draws, seed
@@ -3299,6 +3302,7 @@ def test_measure_by_hand():
     assert (found["finished"], found["length"], found["problems"]) == (0.75, 5.0, 2)
 
 
+@whole
 def test_kl_is_the_closed_form(monkeypatch):
     """Completions of length 1 + Geometric(p): KL(p ‖ q) per completion = KL of one token / p; and 0 to itself."""
     p, q, rng = 0.4, 0.7, random.Random(0)

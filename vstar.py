@@ -436,12 +436,12 @@ class TransformersSampler:
         rows = torch.arange(count, device=device)  # which completion each row of the batch is writing
         ended = torch.zeros(count, dtype=torch.bool, device=device)  # the rows of the batch that have written their EOS
         for t in range(limit):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0) if t == 0 else positions[:, -1:] + 1
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                                 use_cache=True, logits_to_keep=1).logits[:, -1]
             if t == 0:  # the n completions of a prompt share the pass over it
                 cache.batch_repeat_interleave(n)
-                logits, mask = logits.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+                logits, mask, positions = (each.repeat_interleave(n, 0) for each in (logits, mask, positions))
             token, logps[rows, t] = draw(logits, uniforms[rows, t], self.temperature)
             tokens[rows, t] = token
             ended |= torch.isin(token, eos)
@@ -450,7 +450,7 @@ class TransformersSampler:
                 break
             if len(writing) <= 0.75 * len(rows):  # finished rows leave in groups, because leaving copies the cache
                 cache.batch_select_indices(writing)
-                rows, token, mask, ended = rows[writing], token[writing], mask[writing], ended[writing]
+                rows, token, mask, ended, positions = (each[writing] for each in (rows, token, mask, ended, positions))
             ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         ends = torch.isin(tokens, eos)

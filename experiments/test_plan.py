@@ -19,6 +19,7 @@ from vstar import Completion
 all_rows = test_apo.all_rows  # a fixture
 
 
+@whole
 @pytest.mark.parametrize("kind,recompute,budget,lora", [
     ("Qwen2", "yes", 1024, None), ("Llama", "no", 1024, 4), *[
         pytest.param(*others, marks=pytest.mark.long) for others in [
@@ -54,6 +55,7 @@ def test_plan_is_what_an_update_allocates(kind, recompute, budget, lora):
     assert parts["kept activations"] + parts["head's chunk, or a block at work"] > 0.2 * plan.peak(parts)
 
 
+@whole
 def test_plan_of_shards_by_hand(tmp_path):
     """Four GPUs hold a quarter of all that is sharded; bf16 gathers two bytes a weight and sums gradients in four."""
     small_model(4000, hidden=128, layers=4).config.save_pretrained(tmp_path)  # the config alone, no weights

@@ -9,7 +9,7 @@ import pytest
 import test_apo
 import vstar
 from experiments import samples
-from test_apo import read_jsonl
+from test_apo import read_jsonl, whole
 
 all_rows = test_apo.all_rows  # a fixture
 
@@ -20,6 +20,7 @@ def test_steps_between_two_evaluations():
     assert math.isnan(samples.steps_to(0.8, rows[:3]))
 
 
+@whole
 def test_every_n_gets_the_same_prompts(all_rows, tmp_path):
     first = tmp_path / "vstar.jsonl"
     for suffix in (".jsonl", ".config.json"):
