@@ -430,13 +430,13 @@ class TransformersSampler:
         # left-padded, so that every prompt ends in the last column; the padding is masked and takes no position
         pad = lambda rows: pad_sequence([torch.tensor(row) for row in rows], True, padding_side="left").to(device)
         ids, mask = pad(prompts), pad([[1] * len(prompt) for prompt in prompts])  # (prompts, width)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = transformers.DynamicCache(config=self.model.config)
         tokens = ids.new_zeros(count, limit)
         logps = tokens.float()
         rows = torch.arange(count, device=device)  # which completion each row of the batch is writing
         ended = torch.zeros(count, dtype=torch.bool, device=device)  # the rows of the batch that have written their EOS
         for t in range(limit):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0) if t == 0 else positions[:, -1:] + 1
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                                 use_cache=True, logits_to_keep=1).logits[:, -1]
             if t == 0:  # the n completions of a prompt share the pass over it
@@ -451,7 +451,7 @@ class TransformersSampler:
             if len(writing) <= 0.75 * len(rows):  # finished rows leave in groups, because leaving copies the cache
                 cache.batch_select_indices(writing)
                 rows, token, mask, ended, positions = (each[writing] for each in (rows, token, mask, ended, positions))
-            ids = token[:, None]
+            ids, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         ends = torch.isin(tokens, eos)
         finished = ends.any(-1)
