@@ -153,11 +153,12 @@ def draw(name, table):
         for pace, axis in zip(paces, axes[0]):
             some = [row for row in table.values() if row["pace"] == pace]
             for row, colour in zip(some, ("tab:blue", "tab:green", "tab:orange", "tab:red")):
-                axis.plot(CHOICES, row["seconds"], "o-", color=colour, linewidth=1.2, label=f"{row['passes']} passes")
+                axis.plot(CHOICES, row["seconds"], "o-", color=colour, linewidth=1.2, label=row["passes"])
                 axis.plot(CHOICES, row["predicted"], ":", color=colour, linewidth=1.2)
-            axis.set(xscale="log", yscale="log", xticks=CHOICES, xticklabels=CHOICES, xlabel="N",
+            axis.set(xscale="log", xticks=CHOICES, xticklabels=CHOICES, xlabel="N", ylim=0,
                      title="batch {}, rate {}".format(*pace.split()), ylabel="seconds (dotted: predicted)")
-            axis.legend(frameon=False, fontsize=8)
+            axis.minorticks_off()
+            axis.legend(frameon=False, fontsize=8, title="passes")
 
 
 if __name__ == "__main__":
