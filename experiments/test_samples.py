@@ -36,6 +36,7 @@ def test_the_second_moment_of_the_advantage():
         assert vstar.second_moment(rewards, math.inf, n)[0] == pytest.approx(0.25 + 0.25 / n)
 
 
+@whole
 def test_a_gradients_variance(all_rows, monkeypatch):
     """With answers alike, or all gradients as long, the measured and the simple product are one."""
     monkeypatch.setattr(samples, "CHOICES", (1, 8))
