@@ -612,7 +612,7 @@ def test_summary_warns():
     assert "cut off" in vstar.summary([row(r["rewards"], False) for r in mixed], 0.5)
     one = vstar.summary([row(r["rewards"][:1]) for r in mixed], 0.5)  # of its own scatter it says nothing, nor a nan
     assert "warning" not in one and "nan" not in one and "standard error" not in one
-    assert "More answers than 2 for 1, 8 for 10, 8 for 25 passes of" in vstar.summary(mixed, 0.5)
+    assert "at the most: 2 for 1, 8 for 10, 8 for 25 epochs of" in vstar.summary(mixed, 0.5)
     many = [dict(row([0.0] * 8), id=str(i), answer=r"\frac12", finished=[False] + [True] * 7,
                  responses=["cut"] + [r"so \boxed{see )(}" if i else "so 3"] * 7) for i in range(31)]
     read = vstar.summary(many, 0.5).split("── ")[1:]
@@ -1602,16 +1602,32 @@ def test_what_a_data_set_wrote_is_printed_escaped(capsys):
     assert "\x1b" not in said and "�[2J" in said
 
 
+def after_stage1(rows, monkeypatch, folder, **settings):
+    """Stage 2's flags, behind a Stage 1 of these rows and settings."""
+    monkeypatch.setattr(train, "read_rows", lambda path: rows)
+    monkeypatch.setattr(train, "fingerprint", lambda *_, **__: {})
+    settings = {**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "beta1": 1, **settings}
+    (folder / "v.jsonl").write_text("")
+    (folder / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=2)))
+    return some_args(vstar=folder / "v.jsonl", beta1=None, samples=None, filter="none", steps=1, eval_data=None,
+                     eval_split="test")
+
+
+@pytest.mark.parametrize("data,split,held_out", [
+    ("math", "train", "math"), ("mine.jsonl", "train", None), ("math500", "test", None),  # with no other split
+    ("math", "test", None),  # it is trained on
+])
+def test_the_default_held_out_problems(data, split, held_out, monkeypatch, tmp_path):
+    args = after_stage1([dict(id="a", rewards=[0.0, 1], vstar=0.0)], monkeypatch, tmp_path, data=data, split=split)
+    train.read_stage1(args)
+    assert args.eval_data == held_out
+
+
 @pytest.mark.parametrize("choice,kept", [("none", "abc"), ("unsolved", "ab"), ("both", "a")])
 def test_filter(choice, kept, monkeypatch, tmp_path):
     rows = [dict(id=name, rewards=some, vstar=0.0) for name, some in dict(a=[0.0, 1], b=[1, 1], c=[0.0, 0.5]).items()]
-    monkeypatch.setattr(train, "read_rows", lambda path: rows)
-    monkeypatch.setattr(train, "fingerprint", lambda *_, **__: {})
-    made = json.dumps(dict(settings={**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "beta1": 1, "data": "d"},
-                           samples=2))
-    (tmp_path / "v.jsonl").write_text("")
-    (tmp_path / "v.config.json").write_text(made)
-    args = some_args(vstar=tmp_path / "v.jsonl", beta1=None, samples=None, filter=choice, steps=1, eval_data="none")
+    args = after_stage1(rows, monkeypatch, tmp_path, data="d")
+    args.filter = choice
     found = train.read_stage1(args)[0]
     assert "".join(row["id"] for row in found) == kept
     assert found[0]["vstar"] == pytest.approx(math.log((1 + math.e) / 2))  # computed again, from the rewards

@@ -81,7 +81,7 @@ def apo_loss(logp, ref_logp, reward, vstar, beta2):
     Not −advantage · logp, as in policy gradients, and no KL term beside it: the gradient of the square holds both.
     `logp` is ln π of the whole answer, a sum over its tokens. A mean would make β2 depend on the length.
     """
-    advantage = reward - vstar  # A*(x, y), estimated once, offline
+    advantage = reward - vstar  # A*(x, y): r is seen now, V̂* was estimated once, offline
     return (beta2 * (logp - ref_logp) - advantage) ** 2  # A*-PO, eq. for ℓ_t
 
 
@@ -90,10 +90,10 @@ class APO:
     optimizer, restart and logging stay, which makes the comparison fair."""
 
     name, out = "apo", Path("out/run")
-    completions = 1  # sampled per prompt
-    passes = 1  # the optimizer makes over a batch
-    together = 1  # completions that one loss needs: REBEL's pairs
-    most_reward = 1.0  # a policy can gain; a KL above most_reward / β2 is ill, says `diagnose`
+    completions = 1  # answers to each prompt of a batch
+    passes = 1  # of the optimizer over a batch
+    together = 1  # how many completions one loss needs: REBEL's takes pairs
+    most_reward = 1.0  # the largest that a policy can gain; a KL above most_reward / β2 is ill, says `diagnose`
 
     def __init__(self, args):
         self.args = args
@@ -108,9 +108,10 @@ class APO:
         return []
 
     def given(self, run, samples):
-        """What the loss takes as given: {name: (samples,), or (samples, tokens) where it is told by token}
+        """What the loss takes as given: {name: (samples,), or (samples, tokens) for what has a value for each token}
 
-        Column t of (samples, tokens) scores token t + 1 of prompt and completion. It is 0 where that is no answer.
+        Column t of (samples, tokens) is about token t + 1 of prompt and completion. It is 0 where that is not the
+        completion's.
         """
         vector = lambda values: torch.tensor(values, dtype=torch.float32, device=run.device)
         return dict(ref_logp=by_token(run.reference, samples, self.args, run.device),
@@ -146,7 +147,8 @@ def train(run, rows, held_out, start):
         with log.phase("reference"):
             given = objective.given(run, samples)
 
-        # 3. down the gradient of the regression. Only a batch's first update is on-policy: its numbers are logged
+        # 3. down the gradient of the regression. Only a batch's first update is on-policy: its numbers are logged (with
+        #    --minibatches, those of the first part of the batch)
         with log.phase("update"):
             set_rate(run.optimizer, step, args)
             numbers = [update(run, *part) for part in minibatches(samples, given, args, objective.passes)]
@@ -180,14 +182,14 @@ def update(run, samples, given):
         inputs = dict(input_ids=ids, mask=mask, temperature=args.temperature)
         # (rows, width - 1) fp32. Where a process has no samples left, `chosen` is empty and its gradient 0
         part_logp = run.policy(**inputs)[: len(chosen)]
-        width = part_logp.shape[1]
-        for name, losses in objective.losses(part_logp, take(given, chosen, width), mask[: len(chosen), 1:], inputs):
+        columns = part_logp.shape[1]
+        for name, losses in objective.losses(part_logp, take(given, chosen, columns), mask[: len(chosen), 1:], inputs):
             # FSDP averages over processes; times WORLD over the global count makes that the mean of one big batch
             (losses.sum() * WORLD / count).backward()
             sums[name] += losses.sum().item() / count
             bad = (~losses.isfinite()).nonzero()[:, 0] * objective.together
             broken += [samples[chosen[i]].row["id"] for i in bad]
-        logp[chosen, :width] = part_logp.detach()
+        logp[chosen, :columns] = part_logp.detach()
     norms = [full_tensor(clip_grad_norm_(group["params"], args.max_grad_norm)).item()
              for group in optimizer.param_groups]
     refuse_infinite(broken, norms)
@@ -378,18 +380,19 @@ def make_parser(Objective):
     Objective.add_flags(add)
     add("--batch_size", 256, "prompts a step")
     add("--minibatches", 1, "optimizer steps that a batch is split into")
-    add("--epochs", 10.0, "passes over the prompts")
+    add("--epochs", 10.0, "how often each prompt is asked")
     add("--steps", int, "instead of --epochs")
     add = parser.group("optimizer")
     add("--lora", int, "train additions of this rank to the linear layers, not the weights: no second model for π_ref")
     add("--lr", float, "AdamW's rate; default: 1e-6, with --lora 5e-6")
     add("--weight_decay", 0.0, "AdamW's")
     add("--warmup", 0, "steps over which the rate rises")
-    add("--max_grad_norm", 1.0, "bound on the gradient's global norm; that of A*-PO carries 2 β2, so at 1e-3 only a "
-        "bound near 1e-3 acts (metric: clipped)")
+    add("--max_grad_norm", 1.0, "bound on the gradient's global norm. A*-PO's gradient carries a factor of 2 β2, so "
+        "with β2 = 1e-3 the default hardly ever acts (metric: clipped)")
     add = add_machine_flags(parser, training=True)
     add("--tokens_per_microbatch", 16384, "padded tokens a forward pass; bounds the memory")
-    add("--recompute", ["auto", "yes", "no"], "activations in the backward pass, not to keep them; auto: on a GPU")
+    add("--recompute", ["auto", "yes", "no"], "compute activations again in the backward pass, not keep them; auto: on "
+        "a GPU")
     add("--offload_reference", False, "π_ref waits in CPU memory between uses (--lora has no second model)")
     add = parser.group("files and output")
     add("--eval_data", str, "held-out problems; default: Stage 1's data set if it has a test split")
@@ -451,7 +454,8 @@ def main(Objective=APO):
 
 
 def wanted_engine(args):
-    """--engine. But --lora in bf16 takes the decode loop: vLLM would go on sampling from π_ref (see save_model)."""
+    """--engine. But --lora in bf16 takes the decode loop: rounded to bf16, the merged weights that vLLM would get are
+    mostly π_ref's."""
     if not args.lora or args.dtype != "bfloat16":
         return args.engine
     if args.engine == "vllm":
@@ -489,7 +493,8 @@ def read_stage1(args):
         if not rows:
             fail(f"--filter {args.filter} leaves no prompt")
     args.steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
-    if args.eval_data is None and DATASETS.get(stage1["data"], [1] * 3)[2] is None:
+    has_split = DATASETS.get(stage1["data"], [1] * 3)[2] is None
+    if args.eval_data is None and has_split and args.eval_split != stage1["split"]:  # not what is trained on
         args.eval_data = stage1["data"]
     return rows, stage1
 
@@ -533,7 +538,7 @@ def shard(policy, device, dtype, master=False, offload=False):
     options = dict(mesh=dist.device_mesh.init_device_mesh(device.type, (WORLD,)),
                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
                    # by default embeddings and head stay gathered until the backward pass; π_ref has none
-                   reshard_after_forward=None if master else True)
+                   reshard_after_forward=None if any(p.requires_grad for p in policy.parameters()) else True)
     if offload and device.type == "cuda":
         options["offload_policy"] = CPUOffloadPolicy()
     for module in (*policy.blocks, policy):
@@ -570,9 +575,9 @@ def minibatches(samples, given, args, passes):
         yield [samples[i] for i in chosen], take(given, chosen)
 
 
-def take(given, chosen, width=None):
-    """`given` of the chosen samples; so many columns of what is told by token."""
-    return {name: tensor[chosen, :width] if tensor.dim() > 1 else tensor[chosen] for name, tensor in given.items()}
+def take(given, chosen, columns=None):
+    """`given` of the chosen samples; so many columns of what has a value for each token."""
+    return {name: tensor[chosen, :columns] if tensor.dim() > 1 else tensor[chosen] for name, tensor in given.items()}
 
 
 def microbatches(samples, args, device, together=1):
@@ -602,7 +607,7 @@ def microbatches(samples, args, device, together=1):
 @torch.no_grad()
 def by_token(model, samples, args, device):
     """What a model gives each token of the answers: (samples, longest - 1) fp32, 0 elsewhere. Code and micro-batches
-    are as in the update: ln π_ref from other kernels would be off by more than a small log-ratio."""
+    are as in the update (of a whole batch): ln π_ref from other kernels would be off by more than a small log-ratio."""
     values = torch.zeros(len(samples), max([len(sample.ids) for sample in samples] or [2]) - 1, device=device)
     for chosen, ids, mask in microbatches(samples, args, device):
         found = model(input_ids=ids, mask=mask, temperature=args.temperature)
@@ -826,6 +831,7 @@ class Log:
             generated = row["length"] * self.args.batch_size * self.run.objective.completions
             row["tokens_per_second"] = round(generated / sum(self.seconds[phase] for phase in PHASES[:3]))
             row["memory_gb"] = round(peak_memory(self.run.device) / 2**30, 3)
+        # a checkpoint is saved after its step's row, so its seconds stand in the next
         row["seconds"] = {phase: round(self.seconds[phase], 3) for phase in PHASES}
         self.seconds.clear()
         self.history.append(row)

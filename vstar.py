@@ -274,9 +274,9 @@ def summary(rows, beta1, rate=None, own=None):
         error = ", ".join(f"{vstar_error(rewards, beta1, k):.3f} at N = {k}" for k in (max(1, n // 2), n, 2 * n))
         share, best = advise(rewards, beta1)
         lines += [f"standard error    {error}  (of V̂*)",
-                  f"N                 V̂*'s noise is {share:.0%} of the gradient's variance. More answers than "
-                  + ", ".join(f"{few} for {passes}" for passes, few in best.items())
-                  + " passes of Stage 2 would cost more than they save (--samples keeps those that exist)"]
+                  f"N                 V̂*'s noise is {share:.0%} of the gradient's variance. Answers worth sampling, "
+                  "at the most: " + ", ".join(f"{few} for {epochs}" for epochs, few in best.items())
+                  + " epochs of Stage 2 (a larger --samples keeps those that exist)"]
     other = not np.isin(rewards, (0, 1)).all()
     if other:
         lines.insert(2, f"reward            {rewards.mean():.3f} on average; right is what earns at least 1")
@@ -360,7 +360,7 @@ def grade(args, tokenizer, pairs):
 def pick_engine(wanted):
     """→ the engine and why. vLLM's CUDA wheel also installs where there is no GPU, and cannot run there."""
     if wanted == "transformers":
-        return wanted, "asked for"
+        return wanted, "as the flags say"
     why = "vLLM is not installed"
     if getattr(importlib.util.find_spec("vllm"), "origin", None):  # (a folder of that name has none)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -368,7 +368,7 @@ def pick_engine(wanted):
             from vllm.platforms import current_platform
 
         if torch.cuda.is_available() or current_platform.is_cpu():
-            return "vllm", "asked for" if wanted == "vllm" else "installed and can run here"
+            return "vllm", "as the flags say" if wanted == "vllm" else "installed and can run here"
         why = "vLLM is installed, but there is no GPU and this is not its CPU build"
     if wanted == "vllm":
         fail(f"--engine vllm: {why}")
@@ -401,7 +401,7 @@ class TransformersSampler:
     """A decode loop over any transformers causal language model: no second copy of the weights, no second process.
 
     Each row draws from its own random numbers, so a completion does not depend on the rows beside it. The loop is twice
-    as quick as `generate`, because rows that are finished leave the batch.
+    as quick as transformers' own `generate`, because rows that are finished leave the batch.
     """
 
     model: torch.nn.Module  # None until `holding` says which
@@ -483,7 +483,8 @@ def draw(logits, uniform, temperature, block=128):
     """
     padding = (0, -logits.shape[-1] % block)
     scores = torch.nn.functional.pad(logits, padding, value=-math.inf).float().div_(temperature or 1.0)  # a copy
-    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, block))  # (rows, blocks, block) fp32
+    # in place, so `scores` too is then exp(score − the largest); weights: (rows, blocks, block) fp32
+    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, block))
     of_block = weights.sum(-1).double()  # (rows, blocks)
     until = of_block.cumsum(-1)
     total = until[:, -1:]
