@@ -10,7 +10,7 @@ prompt, so that E[(r − V̂*)² |∇ ln π|²] can be summed over the noise of 
 
 Then the cost: N answers to each of P prompts, and steps up to an accuracy. P is chosen so that this takes about 1,
 3, 10 or 30 passes. Seconds are counts times the seconds of one answer in Stage 1 and one in Stage 2, medians over all
-runs: a busy machine does not move the optimum. What is in out/samples/ is not run again.
+runs of a pace: a busy machine does not move the optimum. What is in out/samples/ is not run again.
 """
 
 import json
@@ -30,10 +30,10 @@ from experiments.compare import stage1_cost
 BETA1 = 0.5  # Stage 1's default
 MOST = 32  # answers; every run takes the first N of these
 CHOICES = (1, 2, 8, 32)
-PACES = {  # batch and rate: steps, enough for --reach, and steps between evaluations
-    "128 3e-4": ["--steps=14", "--eval_every=1"],
-    "16 1e-4": ["--steps=54", "--eval_every=6"],  # a step moves little, and Adam averages over ten
-    "16 5e-4": ["--steps=32", "--eval_every=2"],  # fast for so small a batch: here noise should cost most
+PACES = {  # batch and rate: the accuracy to which steps are counted, steps, and those between evaluations
+    "128 3e-4": (0.8, ["--steps=14", "--eval_every=1"]),
+    "16 1e-4": (0.8, ["--steps=54", "--eval_every=6"]),  # a step moves little, and Adam averages over ten
+    "16 5e-4": (0.7, ["--steps=32", "--eval_every=2"]),  # too fast for so small a batch: here noise should cost most
 }
 
 
@@ -42,7 +42,7 @@ def main():
     add = parser.add_argument
     add("--world", help="tiny/make.py's flags, of a world to be made for these")
     add("--name", default="samples", help="of the results")
-    add("--reach", type=float, default=0.8, help="the accuracy to which steps are counted")
+    add("--reach", type=float, help="the accuracy to which steps are counted, instead of each pace's own")
     add("--passes", type=int, nargs="+", default=[1, 3, 10, 30])
     add("--paces", nargs="+", default=list(PACES), choices=PACES)
     args = parser.parse_args()
@@ -54,12 +54,13 @@ def main():
         return lab.stage1(args, out / f"stage1/{seed}", f"--samples={MOST}", f"--seed={seed}", threads=1)
 
     def run(pace, prompts, n, seed):
-        """→ steps to --reach, and the seconds of an answer"""
+        """→ steps to the accuracy, and the seconds of an answer"""
         batch, rate = pace.split()
         rows = lab.train(args, out / f"runs/{batch}-{rate}-{prompts}-{n}/{seed}",
                          first_prompts(reference(seed), prompts), f"--samples={n}", f"--batch_size={batch}",
-                         f"--lr={rate}", f"--seed={seed}", *PACES[pace], "--eval_limit=256", threads=1)
-        return steps_to(args.reach, rows), np.median([lab.seconds_of(row) / int(batch) for row in rows[1:]])
+                         f"--lr={rate}", f"--seed={seed}", *PACES[pace][1], "--eval_limit=256", threads=1)
+        seconds = np.median([lab.seconds_of(row) / int(batch) for row in rows[1:]])
+        return steps_to(args.reach or PACES[pace][0], rows), seconds
 
     def runs(pace, prompts, choices):
         """→ (steps, seconds), each (choices, seeds)"""
@@ -70,31 +71,30 @@ def main():
     rewards = np.concatenate([[row["rewards"] for row in lab.read(first)] for first in firsts])
     everything = len(lab.read(firsts[0]))
     stage1 = float(np.median([stage1_cost(first.parent)[1] for first in firsts])) / everything / MOST
-    table, stage2 = {}, []
+    moments = {n: float(vstar.second_moment(rewards, BETA1, n)[0]) for n in CHOICES}
+    table = {}
     for pace in args.paces:
         batch = int(pace.split()[0])
         base = np.nanmean(runs(pace, everything, [MOST])[0])  # steps, with all prompts and all answers
-        for passes in args.passes:
-            prompts = max(8, min(everything, round(base * batch / passes)))
-            steps, seconds = runs(pace, prompts, CHOICES)
-            steps = steps.round(2).tolist()
-            table[f"{pace} {passes}"] = dict(pace=pace, batch=batch, passes=passes, prompts=prompts, steps=steps)
-            stage2.append(seconds)
-    stage2 = float(np.median(stage2))
-    moments = {n: float(vstar.second_moment(rewards, BETA1, n)[0]) for n in CHOICES}
+        many = {passes: max(8, min(everything, round(base * batch / passes))) for passes in args.passes}
+        found = {passes: runs(pace, prompts, CHOICES) for passes, prompts in many.items()}
+        stage2 = float(np.median([seconds for _, seconds in found.values()]))
+        for passes, (steps, _) in found.items():
+            row = table[f"{pace} {passes}"] = dict(pace=pace, batch=batch, passes=passes, prompts=many[passes],
+                                                   stage2=round(stage2, 6), steps=steps.round(2).tolist())
+            mean = np.nanmean(steps, axis=1)
+            predicted = mean[-1] * np.array([moments[n] / moments[MOST] for n in CHOICES])
+            for name, some in dict(seconds=mean, predicted=predicted).items():
+                row[name] = (np.array(CHOICES) * many[passes] * stage1 + some * batch * stage2).round(3).tolist()
+                row[f"cheapest by {name}"] = CHOICES[int(np.nanargmin(row[name]))]
     for key, row in table.items():
-        steps = np.nanmean(row["steps"], axis=1)
-        predicted = steps[-1] * np.array([moments[n] / moments[MOST] for n in CHOICES])
-        for name, some in dict(seconds=steps, predicted=predicted).items():
-            row[name] = (np.array(CHOICES) * row["prompts"] * stage1 + some * row["batch"] * stage2).round(3).tolist()
-            row[f"cheapest by {name}"] = CHOICES[int(np.argmin(row[name]))]
         print(f"batch, rate, passes {key:12s} {row['prompts']:5d} prompts, cheapest N {row['cheapest by seconds']:2d}, "
               f"predicted {row['cheapest by predicted']:2d}; steps "
               + ", ".join(lab.pm(lab.mean_sd(some), 1) for some in row["steps"]))
     trained = max((out / "runs").glob(f"128-*-{everything}-{MOST}/0")) / "run/model"
     gradients = {"π_ref": gradient(firsts[0]), "trained": gradient(firsts[0], trained)}
     settings = {key: value for key, value in vars(args).items() if key not in ("launch", "jobs", "steps")}
-    lab.save(args.name, settings=settings, seconds=dict(stage1=stage1, stage2=stage2), choices=CHOICES,
+    lab.save(args.name, settings=settings, stage1=round(stage1, 6), choices=CHOICES,
              moments=moments, gradients=gradients, table=table)
     draw(args.name, table)
 

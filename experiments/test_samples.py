@@ -1,5 +1,6 @@
 """How many answers Stage 1 needs: what is counted and measured."""
 
+import json
 import math
 import shutil
 
@@ -8,8 +9,8 @@ import pytest
 
 import test_apo
 import vstar
-from experiments import samples
-from test_apo import read_jsonl, whole
+from experiments import lab, samples
+from test_apo import HERE, read_jsonl, whole
 
 all_rows = test_apo.all_rows  # a fixture
 
@@ -44,3 +45,13 @@ def test_a_gradients_variance(all_rows, monkeypatch):
     found = samples.gradient(all_rows, count=16)
     assert found["8"] == [1, 1] and 0 <= found["accuracy"] <= 1 and found["squares"]["wrong"] > 0
     assert found["1"][1] > 1 and found["1"][0] > 0
+
+
+def test_results_are_json(tmp_path, monkeypatch):
+    """Which has no NaN. What never came to its accuracy is null."""
+    monkeypatch.setattr(lab, "RESULTS", tmp_path)
+    monkeypatch.setattr(lab, "machine", lambda: {})
+    lab.save("some", table=dict(steps=[1.5, math.nan], pair=(math.nan, 2)), seconds=np.float64(math.nan))
+    for path in (*(HERE / "experiments/results").glob("*.json"), tmp_path / "some.json"):
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found == dict(machine={}, table=dict(steps=[1.5, None], pair=[None, 2]), seconds=None)
