@@ -50,7 +50,7 @@ def test_a_gradients_variance(all_rows, monkeypatch):
 def test_results_are_json(tmp_path, monkeypatch):
     """Which has no NaN. What never came to its accuracy is null."""
     monkeypatch.setattr(lab, "RESULTS", tmp_path)
-    monkeypatch.setattr(lab, "machine", lambda: {})
+    monkeypatch.setattr(lab, "machine", dict)
     lab.save("some", table=dict(steps=[1.5, math.nan], pair=(math.nan, 2)), seconds=np.float64(math.nan))
     for path in (*(HERE / "experiments/results").glob("*.json"), tmp_path / "some.json"):
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
