@@ -818,6 +818,16 @@ def test_each_process_sees_its_own_gpus():
 
 
 @whole
+@pytest.mark.parametrize("native,dtype", [(True, "bfloat16"), (False, "float32")])
+def test_precision_of_a_gpu(native, dtype, monkeypatch):
+    """A T4 says that it knows bf16, and emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    args = SimpleNamespace(dtype="auto")
+    assert vstar.start_process(args).type == "cuda" and args.dtype == dtype
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="for CPUs with glibc")
 def test_freed_memory_is_kept():
     """A large block that is taken again and again costs no page faults (but for a few misfits at the start)."""

@@ -682,7 +682,7 @@ def add_machine_flags(parser, training=False):
     add = parser.group("memory and machine")
     add("--seed", 0, "every answer is a function of this, the problem's id and the copy")
     add("--dtype", ["auto", "float32", "bfloat16"] + ["float16"] * (not training),  # training would need loss scaling
-        "the precision of all computing; auto: bfloat16 on a GPU, float32 on a CPU")
+        "the precision of all computing; auto: bfloat16 on a GPU that multiplies in it, else float32")
     add("--engine", ["auto", "vllm", "transformers"], "auto: vLLM where it can run")
     add("--decode_rows", 256, "answers saved at once, and with transformers decoded at once; bounds the memory")
     add("--gpu_memory", 0.4 if training else 0.9, "vLLM: the share of each GPU's memory that it takes")
@@ -754,8 +754,8 @@ def start_process(args, gpus_each=1, group=False):
     elif platform.libc_ver()[0] == "glibc":  # keep freed memory: to get large blocks anew takes a tenth of an update
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if gpu else "float32"
+    if args.dtype == "auto":  # older GPUs emulate bf16, slowly
+        args.dtype = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if group:
         warnings.filterwarnings("ignore", module="torch.distributed|torch.storage|torch.utils._pytree")
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"

@@ -97,8 +97,10 @@ def read_machine(text):
     """'8xH100' → (8, 'H100'); '' is this machine."""
     if not text:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        known = [gpu for gpu in GPUS if gpu in re.findall(r"\w+", name)]  # L4 is not L40S
-        text = f"{WORLD}x{known[0] if known else 'CPU'}"
+        known = [gpu for gpu in (*GPUS, "CPU") if gpu in re.findall(r"\w+", name)]  # L4 is not L40S
+        if not known:
+            fail(f"{name} is not in the plan's table; name a GPU that is like it: {', '.join(GPUS)}")
+        text = f"{WORLD}x{known[0]}"
     found = re.fullmatch(r"(?:(\d+)x)?(\w+)", text)
     if not found or found[2].upper() not in {*GPUS, "CPU"} or found[1] == "0":
         fail(f"{text}: say how many of which, as in 8xH100 (known: {', '.join(GPUS)}, CPU)")

@@ -13,7 +13,19 @@ import test_apo
 import train
 from experiments import plan
 from experiments.baselines import GRPO, PPO, REBEL
-from test_apo import HERE, inside, long, read_jsonl, refused, run_of, small_model, some_args, tiny_model, whole
+from test_apo import (
+    HERE,
+    ends_in_one_line,
+    inside,
+    long,
+    read_jsonl,
+    refused,
+    run_of,
+    small_model,
+    some_args,
+    tiny_model,
+    whole,
+)
 from vstar import Completion
 
 all_rows = test_apo.all_rows  # a fixture
@@ -181,6 +193,16 @@ def test_plan_of_what_stage1_wrote(all_rows, monkeypatch):
     prompt, completion = plan.lengths_of_stage1(args)
     assert completion == np.mean([row["lengths"] for row in read_jsonl(all_rows)])
     assert prompt == np.mean([len(row["prompt"]) for row in read_jsonl(all_rows)])  # a token a character
+
+
+@pytest.mark.parametrize("name,found", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L40S", "L40S"), ("Tesla T4", None)])
+def test_this_machine(name, found, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    if found:
+        assert plan.read_machine("") == (1, found)
+    else:
+        ends_in_one_line(capsys, lambda: plan.read_machine(""), "Tesla T4", "H100")
 
 
 def test_bad_machines(planned):
