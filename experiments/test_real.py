@@ -48,11 +48,11 @@ def test_both_stages_at_toy_size(tmp_path, monkeypatch):
     shown, warm_up = set(), real.warm_up
     monkeypatch.setattr(real, "warm_up", lambda tokenizer, model, rows, *more, **keywords: shown.update(
         row["question"] for row in rows) or warm_up(tokenizer, model, rows, *more, **keywords))
-    flags = ["--weights=tiny/model", "--lessons=2", "--steps=2", "--seeds=2", "--ways", "lora16", "grpo"]
+    flags = ["--weights=tiny/model", "--lessons=2", "--steps=2", "--seeds=2", "--ways", "lora16", "grpo", "beta1=inf"]
     monkeypatch.setattr(sys, "argv", ["real", *flags])
     real.main()
     found = json.loads((tmp_path / "real.json").read_text())
-    assert [*found["runs"]] == ["lora16 0", "grpo 0", "lora16 1"]
+    assert [*found["runs"]] == ["lora16 0", "grpo 0", "beta1=inf 0", "lora16 1"]
     for name, run in found["runs"].items():
         assert [step for step, _ in run["curve"]] == [0, 2] and run["memory_gb"] > 0
         assert {"pass@1", "pass@2", "kl", "entropy"} <= {*run} and len(run["minutes"]) == 2 - (name == "grpo 0")
