@@ -215,18 +215,18 @@ def machine():
                 torch=torch.__version__, transformers=transformers.__version__)
 
 
-def finite(value):
-    """What is no number is null, for JSON has no NaN."""
+def null_for_nan(value):
+    """For JSON, which has no NaN."""
     if isinstance(value, dict):
-        return {key: finite(some) for key, some in value.items()}
+        return {key: null_for_nan(some) for key, some in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(some) for some in value]
+        return [null_for_nan(some) for some in value]
     return None if value != value else value
 
 
 def save(name, **results):
     """experiments/results/NAME.json, a line per entry."""
-    results = finite(dict(machine=machine(), **results))
+    results = null_for_nan(dict(machine=machine(), **results))
     lines = []
     for key, value in results.items():
         if isinstance(value, dict) and key != "machine":

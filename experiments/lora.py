@@ -20,8 +20,8 @@ def main():
                     curve=[round(accuracy, 4) for accuracy in accuracies(rows)])
 
     seeds = range(args.seeds)
-    stage1 = lambda seed: lab.stage1(args, f"out/lora/{seed}", f"--seed={seed}", threads=1)
-    firsts = lab.side_by_side(args, [lambda s=seed: stage1(s) for seed in seeds])
+    firsts = lab.side_by_side(
+        args, [lambda s=seed: lab.stage1(args, f"out/lora/{s}", f"--seed={s}", threads=1) for seed in seeds])
     tries = [(name, seed) for name in VARIANTS for seed in seeds]
     found = iter(lab.side_by_side(args, [lambda t=t: one(*t) for t in tries]))
     runs = {name: [next(found) for _ in seeds] for name in VARIANTS}

@@ -86,7 +86,7 @@ def main():
             predicted = mean[-1] * np.array([moments[n] / moments[MOST] for n in CHOICES])
             for name, some in dict(seconds=mean, predicted=predicted).items():
                 row[name] = (np.array(CHOICES) * many[passes] * stage1 + some * batch * stage2).round(3).tolist()
-                row[f"cheapest by {name}"] = CHOICES[int(np.nanargmin(row[name]))]
+                row[f"cheapest by {name}"] = CHOICES[int(np.argmin(np.nan_to_num(row[name], nan=np.inf)))]
     for key, row in table.items():
         print(f"batch, rate, passes {key:12s} {row['prompts']:5d} prompts, cheapest N {row['cheapest by seconds']:2d}, "
               f"predicted {row['cheapest by predicted']:2d}; steps "
