@@ -8,7 +8,9 @@ restart              the run of bf16 goes on from its last checkpoint but one, i
 transformers, vllm   each engine's log-probabilities against the trainer's, before and after real updates; its greedy
                      answers against those of the decode loop, one prompt at a time; what vLLM's sleep gives back
 apo, grpo, rebel, ppo   random weights in the shape of Qwen2.5-1.5B, sampled by transformers: seconds by phase, tokens a
-                     second, the update's MFU (3 × forward FLOPs, recomputation not counted), peak memory and the plan's
+                     second, the update's MFU (3 × forward FLOPs, with LoRA 2; recomputation not counted), peak memory
+                     and the plan's
+apo-lora, apo-vllm   the same with --lora 16, and sampled by vLLM
 decode               how near the decode loop comes to its floor (speed/limits.py), alone and under FSDP; and the same
                      loop as a CUDA graph over a cache of fixed size, and with attention that copies no keys
 
@@ -22,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +41,7 @@ from transformers.masking_utils import sdpa_mask
 import train
 import vstar
 from experiments import lab, plan
+from experiments.compare import stage1_cost
 from experiments.speed import limits, phases
 from rewards import fail
 from vstar import Completion, TransformersSampler, draw, remove, run_script
@@ -83,9 +87,9 @@ def why_not(args, part):
     """What a part lacks on this machine. (Whether it has room, and a run to go on with, it sees for itself.)"""
     if not GPU and not args.toy:
         return dict(skipped="no CUDA GPU (--toy runs every part at toy size on a CPU)")
-    if part == "vllm":
+    if part.endswith("vllm"):
         found, why = vstar.pick_engine("auto")
-        return None if found == part else dict(skipped=why)
+        return None if found == "vllm" else dict(skipped=why)
 
 
 def start(args, part):
@@ -242,11 +246,11 @@ def room(need):
     return dict(skipped=f"it needs {need:.0f} GiB, the GPU has {has:.0f}") if need > has else None
 
 
-def algorithm(args, name):
+def algorithm(args, name, lora=(), engine="transformers"):
     prompts, tokens, batch = (8, 16, 4) if args.toy else (128, 256, 64)
-    out, model = args.out / "phases", model_of(args)
+    out, model = args.out / "phases" / engine, model_of(args)
     flags = [f"--vstar={out}/vstar.jsonl", f"--out={out}/{name}", f"--batch_size={batch}", "--steps=3", "--eval_data=",
-             "--show_every=0", "--engine=transformers", "--overwrite"]
+             "--show_every=0", f"--engine={engine}", "--overwrite", *lora]
     Objective = plan.OBJECTIVES[name]
     settings = train.make_parser(Objective).parse_args(flags)
     vars(settings).update(model=model, revision=None, temperature=1.0, max_new_tokens=tokens)
@@ -256,9 +260,11 @@ def algorithm(args, name):
     if skipped := room(planned + plan.OVERHEAD):
         return skipped
     # the embedded world's problems are short: so it is asked with more behind them, about 128 tokens
-    phases.child("vstar.py", f"--model={model}", "--data=tiny/train.jsonl", f"--limit={prompts}", "--samples=2",
-                 f"--max_new_tokens={tokens}", f"--prompt={{question}}{'1+1=' * 30}", "--engine=transformers",
-                 f"--out={out}/vstar.jsonl")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "vstar.log", "a") as log, redirect_stdout(log):  # for stage1_cost
+        phases.child("vstar.py", f"--model={model}", "--data=tiny/train.jsonl", f"--limit={prompts}", "--samples=2",
+                     f"--max_new_tokens={tokens}", f"--prompt={{question}}{'1+1=' * 30}", f"--engine={engine}",
+                     f"--out={out}/vstar.jsonl")
     if GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -268,8 +274,11 @@ def algorithm(args, name):
     seconds = {phase: float(np.mean([row["seconds"][phase] for row in rows])) for phase in lab.PHASES}
     length, answers = lab.mean("length", rows), batch * objective.completions
     trained, _ = plan.networks_of(objective)
-    flops = 3 * trained * objective.passes * plan.forward_flops(shape, answers, prompt, length)
+    # frozen weights need no gradient of their own, which is a third
+    flops = (2 if lora else 3) * trained * objective.passes * plan.forward_flops(shape, answers, prompt, length)
+    first, spent = stage1_cost(out)
     return dict(seconds, step=sum(seconds.values()), tokens_per_second=lab.mean("tokens_per_second", rows),
+                stage1_tokens_per_second=first / spent,
                 mfu=flops / seconds["update"] / limits.limits()[0], peak_gib=max(row["memory_gb"] for row in rows),
                 planned_gib=planned)
 
@@ -394,7 +403,9 @@ def off_the_trainer(settings, model, prompts, tokens, logps):
 
 PARTS = {"bf16": partial(world, dtype="bfloat16"), "fp32": partial(world, dtype="float32"), "restart": restart,
          "transformers": partial(engine, name="transformers"), "vllm": partial(engine, name="vllm"),
-         **{name: partial(algorithm, name=name) for name in plan.OBJECTIVES}, "decode": decode}
+         **{name: partial(algorithm, name=name) for name in plan.OBJECTIVES}, "decode": decode,
+         "apo-lora": partial(algorithm, name="apo", lora=["--lora=16"]),
+         "apo-vllm": partial(algorithm, name="apo", engine="vllm")}
 
 if __name__ == "__main__":
     run_script(main)

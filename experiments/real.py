@@ -77,7 +77,7 @@ def warm_up(tokenizer, model, rows, steps, rate, wrong, batch=16, seed=0):
             answer = tokenizer(f"{row['question']} = \\boxed{{{shown}}}").input_ids + [tokenizer.eos_token_id]
             ids.append(torch.tensor(prompt + answer))
             mask.append(torch.arange(len(ids[-1])) >= len(prompt))
-        ids, mask = (pad_sequence(some, batch_first=True) for some in (ids, mask))
+        ids, mask = (pad_sequence(some, batch_first=True).to(model.device) for some in (ids, mask))
         loss = -policy(input_ids=ids, mask=mask).sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -94,6 +94,7 @@ def make_world(args):
     write(FOLDER / "test.jsonl", rows[1024:1280])
     if not (FOLDER / "reference/tokenizer_config.json").exists():
         tokenizer, model = pretrained(args.weights)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         warm_up(tokenizer, model, rows[1280:], args.lessons, rate=5e-5, wrong=args.wrong)
         model.save_pretrained(FOLDER / "reference")
         tokenizer.save_pretrained(FOLDER / "reference")
@@ -105,7 +106,6 @@ def make_world(args):
 WAYS = {"full": ("apo", []), "lora16": ("apo", ["--lora=16", "--lr=1e-4"]),
         "grpo": ("grpo", ["--group=4", "--batch_size=8"]), "rebel": ("rebel", ["--batch_size=16", "--passes=1"]),
         "ppo": ("ppo", ["--critic_lr=1e-4"])}
-ALL_SEEDS = ("full", "lora16")  # the others on the first
 # what else might be chosen, one at a time; as many answers in all
 GRID = {"beta1=1": ["--beta1=1"], "beta1=inf": ["--beta1=inf"], "beta2=0.01": ["--beta2=0.01"],
         "lr=5e-6": ["--lr=5e-6"], "lr=2e-5": ["--lr=2e-5"],
@@ -116,10 +116,14 @@ WAYS |= {name: ("apo", flags) for name, flags in GRID.items()}
 KS = (1, 2, 4, 8)
 
 
+def stage1(args, seed):
+    return lab.stage1(args, FOLDER / f"stage1/{seed}", f"--seed={seed}")
+
+
 def one(args, way, seed):
     """Both stages and the evaluation."""
     (algorithm, flags), out = WAYS[way], FOLDER / way / str(seed)
-    first = lab.stage1(args, FOLDER / f"stage1/{seed}", f"--seed={seed}")
+    first = stage1(args, seed)
     rows = lab.train(args, out, first, f"--seed={seed}", *flags, algorithm=algorithm)
     stages = [lab.took(first.parent, "vstar"), lab.took(out, "train")] if algorithm == "apo" else [
         lab.took(out, algorithm)]
@@ -132,9 +136,9 @@ def one(args, way, seed):
 
 
 def measured(args, folder, model):
-    """{pass@k} on problems that no run trains on."""
+    """{pass@k} on problems that no run trains on; fp32 on a GPU too, since bf16 would round LoRA's additions away."""
     lab.run(args, "evaluate", folder, "results.json", f"--model={model}", f"--data={FOLDER}/test.jsonl", *ASK,
-            "--limit=128", f"--samples={KS[-1]}", f"--out={folder}")
+            "--limit=128", f"--samples={KS[-1]}", "--dtype=float32", f"--out={folder}")
     (answers,) = folder.glob("*.jsonl.jsonl")
     rewards = np.array([row["rewards"] for row in lab.read(answers)])
     return {f"pass@{k}": round(float(pass_at_k(rewards, k).mean()), 4) for k in KS}
@@ -142,32 +146,35 @@ def measured(args, folder, model):
 
 def main():
     parser = lab.make_parser(__doc__, steps=24, seeds=3)
-    stage1 = shlex.join([f"--model={FOLDER}/reference", f"--data={FOLDER}/train.jsonl", *ASK, "--samples=2"])
-    parser.set_defaults(jobs=1, stage1=stage1, train=f"--eval_data={FOLDER}/test.jsonl --eval_limit=128 --eval_every=6 "
+    first = shlex.join([f"--model={FOLDER}/reference", f"--data={FOLDER}/train.jsonl", *ASK, "--samples=2"])
+    parser.set_defaults(jobs=1, stage1=first, train=f"--eval_data={FOLDER}/test.jsonl --eval_limit=128 --eval_every=6 "
                         "--batch_size=32 --lr=1e-5 --warmup=3 --beta2=0.1")
     parser.add_argument("--weights", default=HUB, help="the hub's name of the model, a folder, or a .gguf file")
     parser.add_argument("--lessons", type=int, default=64, help="supervised steps")
     parser.add_argument("--wrong", type=float, default=0.25, help="the share of wrong demonstrations")
     parser.add_argument("--ways", nargs="+", default=[way for way in WAYS if way not in GRID], choices=WAYS)
+    parser.add_argument("--all_seeds", nargs="+", default=["full", "lora16"], choices=WAYS, help="others: the first")
+    parser.add_argument("--name", default="real", help="of the results")
     args = parser.parse_args()
     make_world(args)
-    tries = [(way, seed) for seed in range(args.seeds) for way in args.ways if seed == 0 or way in ALL_SEEDS]
+    tries = [(way, seed) for seed in range(args.seeds) for way in args.ways if seed == 0 or way in args.all_seeds]
     before = measured(args, FOLDER / "before", FOLDER / "reference")
+    lab.side_by_side(args, [lambda seed=seed: stage1(args, seed) for seed in range(args.seeds)])
     found = lab.side_by_side(args, [lambda t=t: one(args, *t) for t in tries])
     runs = {f"{way} {seed}": run for (way, seed), run in zip(tries, found)}
     flags = {way: " ".join(flags) for way, (_, flags) in WAYS.items()}
     settings = {key: getattr(args, key).replace(f"{lab.ROOT}/", "") for key in ("stage1", "train")}
     settings |= dict(steps=args.steps, lessons=args.lessons, wrong=args.wrong, ways=flags)
-    lab.save("real", settings=settings, before=before, runs=runs)
-    draw(before, runs)
+    lab.save(args.name, settings=settings, before=before, runs=runs)
+    draw(args.name, before, runs)
     for name, run in runs.items():
         passes = ", ".join(f"pass@{k} {before[f'pass@{k}']:.3f} → {run[f'pass@{k}']:.3f}" for k in (KS[0], KS[-1]))
         print(f"{name:12s} {passes}, KL {run['kl']:.2f}, {sum(run['minutes']):.1f} minutes")
 
 
-def draw(before, runs):
+def draw(picture, before, runs):
     most = f"pass@{KS[-1]}"
-    with lab.picture("real", 1, 3, (13, 3.6)) as ((curve, passes, both),):
+    with lab.picture(picture, 1, 3, (13, 3.6)) as ((curve, passes, both),):
         passes.plot(KS, [before[f"pass@{k}"] for k in KS], "k--", label="π_ref")
         both.plot(before["pass@1"], before[most], "k*")
         for name, run in runs.items():

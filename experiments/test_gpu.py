@@ -19,7 +19,8 @@ from experiments import gpu
 from test_apo import HERE, dist, long, run, sampler_of, small_model
 
 needs_no_gpu = pytest.mark.skipif(gpu.GPU, reason="toy size is meant for a CPU")
-VLLM = ["vllm"] if importlib.util.find_spec("vllm") is None else []  # skipped where it is not installed
+VLLM = [part for part in gpu.PARTS if part.endswith("vllm")]
+MISSING = VLLM if importlib.util.find_spec("vllm") is None else []  # skipped where it is not installed
 
 
 def start(out, *more):
@@ -36,7 +37,7 @@ def contact(tmp_path_factory):
         for module, name in ((rewards, "reward"), (train, "save_checkpoint")):
             patch.setattr(module, name, getattr(module, name))  # which the four algorithms' parts replace
         for part in gpu.PARTS:
-            if part not in ["fp32", "vllm"]:
+            if part not in ["fp32", *VLLM]:
                 gpu.one(SimpleNamespace(out=out, toy=True, part=part))
     for number, handler in signals.items():
         signal.signal(number, handler)
@@ -51,15 +52,16 @@ def test_every_part_runs_at_toy_size(contact):
     out, said = contact
     merged = json.loads((out / "gpu.json").read_text())
     assert set(merged) == {"machine", "difference", *gpu.PARTS}
-    assert [part for part in gpu.PARTS if "skipped" in merged[part]] == VLLM and "failed" not in said
+    assert [part for part in gpu.PARTS if "skipped" in merged[part]] == MISSING and "failed" not in said
     assert all(f"\n{part} " in f"\n{said}" for part in merged if part != "machine")
     held = {part for part in merged if merged[part].get("holds")}
     assert held >= {"difference", "restart", "transformers", "decode"} and "DOES NOT HOLD" not in said
     assert merged["restart"]["steps_alike_to_the_bit"] == merged["restart"]["steps"] == 2
-    for part in ("apo", "ppo", "grpo", "rebel"):
+    for part in ("apo", "ppo", "grpo", "rebel", "apo-lora"):
         assert min(merged[part][key] for key in ("sampling", "update", "tokens_per_second", "mfu", "peak_gib")) > 0
     # the masters and AdamW's states of a critic too
     assert merged["ppo"]["planned_gib"] > merged["apo"]["planned_gib"] == merged["grpo"]["planned_gib"]
+    assert merged["apo-lora"]["planned_gib"] < merged["apo"]["planned_gib"]
 
 
 @long
