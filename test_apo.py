@@ -1417,6 +1417,15 @@ def test_what_is_shown_of_a_step(tmp_path):
     assert "a=" in said and "seven\n" in said and "right, the answer is 7; V̂* 0.25, advantage +0.75" in said
 
 
+def test_a_sleeping_engine_takes_no_memory(monkeypatch):
+    """Torch counts its 56 GB on."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 85)
+    run = SimpleNamespace(device=torch.device("cuda"), sampler=SimpleNamespace(given_back=56))
+    assert train.peak_memory(run) == 29
+    run.device, run.sampler = torch.device("cpu"), sampler_of(None, 1)
+    assert train.peak_memory(run) > 1 << 20 and run.sampler.given_back == 0
+
+
 def test_a_difference_is_the_others_gain():
     mean, low, high = evaluate.paired([0.0, 0.5, 0.5, 0.0], [1.0, 0.5, 1.0, 0.5])
     assert mean == 0.5 and 0 < low <= mean <= high <= 1

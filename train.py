@@ -830,7 +830,7 @@ class Log:
         if samples:
             generated = row["length"] * self.args.batch_size * self.run.objective.completions
             row["tokens_per_second"] = round(generated / sum(self.seconds[phase] for phase in PHASES[:3]))
-            row["memory_gb"] = round(peak_memory(self.run.device) / 2**30, 3)
+            row["memory_gb"] = round(peak_memory(self.run) / 2**30, 3)
         # a checkpoint is saved after its step's row, so its seconds stand in the next
         row["seconds"] = {phase: round(self.seconds[phase], 3) for phase in PHASES}
         self.seconds.clear()
@@ -891,9 +891,10 @@ def accuracies(history):
     return [row["accuracy"] for row in history if "accuracy" in row]
 
 
-def peak_memory(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+def peak_memory(run):
+    """The largest so far in bytes. Torch goes on to count what a sleeping engine has given back: here it is left out."""
+    if run.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() - run.sampler.given_back
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -409,6 +409,7 @@ class TransformersSampler:
     max_new_tokens: int
     temperature: float
     rows: int  # completions decoded at once
+    given_back = 0  # bytes of a GPU, while it sleeps: this one never does
 
     def generate(self, prompts, n, seeds, first=0):
         """Token lists → the Completions first … n - 1 of each."""
@@ -506,7 +507,7 @@ class VLLMSampler:
     def __init__(self, args, eos, window, training=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, reproducible and reachable
         gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
-        self.sleeps, self.proved = training and gpu, False
+        self.sleeps, self.given_back, self.proved = training and gpu, 0, False  # bytes
         with quiet():
             import vllm
 
@@ -523,7 +524,9 @@ class VLLMSampler:
         self.sampling = dict(temperature=args.temperature, top_p=1.0, top_k=-1, max_tokens=args.max_new_tokens,
                              stop_token_ids=eos, detokenize=False, logprobs=0 if training else None)
         if self.sleeps:
+            free = torch.cuda.mem_get_info()[0]
             self.llm.sleep(level=2)
+            self.given_back = torch.cuda.mem_get_info()[0] - free
 
     def generate(self, prompts, n, seeds):
         return next(self.stream([(prompts, seeds, 0)], n), (0, []))[1]

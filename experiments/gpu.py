@@ -256,8 +256,11 @@ def algorithm(args, name, lora=(), engine="transformers"):
     vars(settings).update(model=model, revision=None, temperature=1.0, max_new_tokens=tokens)
     shape, objective, prompt = plan.load_shape(settings), Objective(settings), 128
     dtype = torch.bfloat16 if GPU else torch.float32
-    planned = plan.peak(plan.memory(shape, settings, objective, 1, "GPU" if GPU else None, dtype, prompt + tokens))
-    if skipped := room(planned + plan.OVERHEAD):
+    if GPU:  # as much memory as it has, whatever it is
+        plan.GPUS["this"] = (torch.cuda.get_device_properties(0).total_memory / 2**30, *[None] * 3)
+    parts = plan.memory(shape, settings, objective, 1, "this" if GPU else None, dtype, prompt + tokens)
+    planned = plan.peak(dict(parts, sampling=0) if engine == "vllm" else parts)  # while vLLM sleeps, as it is measured
+    if skipped := room(plan.peak(parts) + plan.OVERHEAD):
         return skipped
     # the embedded world's problems are short: so it is asked with more behind them, about 128 tokens
     out.mkdir(parents=True, exist_ok=True)
