@@ -892,7 +892,7 @@ def accuracies(history):
 
 
 def peak_memory(run):
-    """The largest so far in bytes. Torch goes on to count what a sleeping engine has given back: here it is left out."""
+    """The largest so far, in bytes. Torch goes on to count what a sleeping engine has given back: it is left out."""
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated() - run.sampler.given_back
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
