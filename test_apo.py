@@ -1526,10 +1526,13 @@ def test_the_saved_precision_is_the_wider_one(tmp_path):
         assert saved.dtype == getattr(torch, dtype)
 
 
-@whole
-def test_lora_in_bf16_does_not_sample_with_vllm(all_rows, tmp_path):
-    command = stage2(all_rows, tmp_path / "run", "--lora=4", "--dtype=bfloat16", "--engine=vllm")
-    refused(inside(*command, check=False), "--lora", "--engine transformers")
+@pytest.mark.parametrize("lora,dtype,asked,taken", [
+    (4, "bfloat16", "auto", "transformers"), (4, "bfloat16", "vllm", "vllm"), (4, "float32", "auto", "auto"),
+    (None, "bfloat16", "auto", "auto"),
+])
+def test_lora_in_bf16_samples_with_vllm_only_if_asked(lora, dtype, asked, taken):
+    """Its weights are fp32 then."""
+    assert train.wanted_engine(SimpleNamespace(lora=lora, dtype=dtype, engine=asked)) == taken
 
 
 def test_lora_needs_linear_layers(capsys):
@@ -3566,6 +3569,17 @@ def test_vllm_takes_merged_layers_alone(vllm_engine):
             new, old = (model(input_ids=ids, mask=mask)[0, len(prompt) - 1 :] for model in (policy, policy.unadapted))
         assert (new - torch.tensor(copy.logps)).abs().max() < 1e-4 < 1e-2 < (new - old).abs().max()
     vllm_engine.sampler.load(tiny_model().state_dict().items())
+
+
+def test_vllm_holds_merged_weights_in_fp32(vllm_engine, monkeypatch):
+    """In bf16 an addition that is smaller than half the distance to the next number would be gone."""
+    made = []
+    monkeypatch.setattr("vllm.LLM", lambda *_, dtype, **__: made.append(dtype) or mock.MagicMock())
+    args = SimpleNamespace(model="", revision=None, dtype="bfloat16", seed=0, gpu_memory=0.3, temperature=1.0,
+                           max_new_tokens=64)
+    for lora in (4, None):
+        vstar.VLLMSampler(SimpleNamespace(**vars(args), lora=lora), [0], 128, training=True)
+    assert made == ["float32", "bfloat16"]
 
 
 @whole

@@ -454,13 +454,8 @@ def main(Objective=APO):
 
 
 def wanted_engine(args):
-    """--engine. But --lora in bf16 takes the decode loop: rounded to bf16, the merged weights that vLLM would get are
-    mostly π_ref's."""
-    if not args.lora or args.dtype != "bfloat16":
-        return args.engine
-    if args.engine == "vllm":
-        fail("--lora samples with --engine transformers: vLLM's bf16 weights would lose the small additions")
-    return "transformers"
+    """--engine. But --lora in bf16 takes the decode loop, if vLLM is not named: that would hold fp32 weights."""
+    return "transformers" if args.engine == "auto" and args.lora and args.dtype == "bfloat16" else args.engine
 
 
 def read_stage1(args):

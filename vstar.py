@@ -512,7 +512,8 @@ class VLLMSampler:
             import vllm
 
             self.llm = vllm.LLM(
-                args.model, revision=args.revision, dtype=args.dtype, seed=args.seed + RANK,
+                args.model, revision=args.revision, seed=args.seed + RANK,
+                dtype="float32" if getattr(args, "lora", None) else args.dtype,  # rounding would undo small additions
                 max_model_len=window, tensor_parallel_size=getattr(args, "tensor_parallel", 1), enforce_eager=not gpu,
                 enable_sleep_mode=self.sleeps, gpu_memory_utilization=args.gpu_memory,
                 kv_cache_memory_bytes=None if gpu else 1 << 30,

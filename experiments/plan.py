@@ -204,12 +204,13 @@ def step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, lo
     _, flops, bandwidth, nvlink = GPUS[gpu]
     rows = args.batch_size * objective.completions / ranks
     waves = math.ceil(rows / args.decode_rows) if args.engine == "transformers" else 1
-    cache = cache_per_token(shape, dtype)
+    held = engine_precision(args, dtype)
     # beyond a node the ring runs through all of its network cards at a time
     link = nvlink if ranks <= NODE else min(nvlink, NODE * NETWORK)
     ring = shape.total * (ranks - 1) / ranks / link  # seconds in which every GPU gets all weights, at one byte each
     # a token's step reads the weights once for all rows, and each row's keys and values; before that they are gathered
-    bytes_read = waves * longest * dtype.itemsize * shape.read + rows * completion * cache * (prompt + completion / 2)
+    context = rows * completion * (prompt + completion / 2)
+    bytes_read = waves * longest * held.itemsize * shape.read + context * cache_per_token(shape, held)
     whole = args.engine != "transformers" and not args.lora  # vLLM gets fp32 weights
     sampling = bytes_read / bandwidth + (4 if whole else dtype.itemsize) * ring
     tokens = rows * (prompt + completion)
@@ -226,6 +227,11 @@ def step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, lo
             "communication": traffic}
 
 
+def engine_precision(args, dtype):
+    """vLLM gets --lora's merged weights in fp32."""
+    return torch.float32 if args.lora and args.engine == "vllm" else dtype
+
+
 def vllm_share(shape, gpu, dtype):
     """The least --gpu_memory: the model and a tenth for keys and values."""
     return math.ceil(110 * dtype.itemsize * shape.total / 2**30 / GPUS[gpu][0]) / 100
@@ -234,7 +240,8 @@ def vllm_share(shape, gpu, dtype):
 def remedy(shape, args, objective, ranks, gpu, dtype, width):
     """Does it fit, and up to which --tokens_per_microbatch? If not, what would make it fit?"""
 
-    room, vllm, weights = GPUS[gpu][0], args.engine != "transformers", dtype.itemsize * shape.total / 2**30
+    held = engine_precision(args, dtype)
+    room, vllm, weights = GPUS[gpu][0], args.engine != "transformers", held.itemsize * shape.total / 2**30
 
     def parts(count=ranks, **changes):
         return memory(shape, Namespace(**{**vars(args), **changes}), objective, count, gpu, dtype, width)
@@ -253,7 +260,7 @@ def remedy(shape, args, objective, ranks, gpu, dtype, width):
         budget = now + (room - update(now)) / slope if slope else math.inf
         return "it fits" + (f"; so would about --tokens_per_microbatch {budget:,.0f}" if budget < 2**20 else "")
     smaller = dict(tokens_per_microbatch=width)
-    other = dict(gpu_memory=vllm_share(shape, gpu, dtype)) if vllm else dict(decode_rows=max(1, args.decode_rows // 8))
+    other = dict(gpu_memory=vllm_share(shape, gpu, held)) if vllm else dict(decode_rows=max(1, args.decode_rows // 8))
     cheapest_first = [dict(recompute="yes"), smaller, other, {**smaller, **other}, dict(offload_reference=True),
                       {**smaller, **other, "offload_reference": True},
                       {"engine": "transformers", **smaller, "decode_rows": max(1, args.decode_rows // 8)}]
