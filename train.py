@@ -428,7 +428,8 @@ def main(Objective=APO):
         held_out = load_problems(args.eval_data, args.eval_split, *fields) if args.eval_data else []
         held_out = held_out[: args.eval_limit]
         tokenizer, eos = ask(rows + held_out, args)
-        args.engine, why = pick_engine(wanted_engine(args))
+        wanted = wanted_engine(args)
+        args.engine, why = (wanted, "--lora in bf16") if wanted != args.engine else pick_engine(wanted)
         if RANK == 0:
             made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "samples", "model")]
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
@@ -454,7 +455,7 @@ def main(Objective=APO):
 
 
 def wanted_engine(args):
-    """--engine. But --lora in bf16 takes the decode loop, if vLLM is not named: that would hold fp32 weights."""
+    """--engine; but --lora in bf16 takes the decode loop unless vLLM is named, which then holds fp32 weights."""
     return "transformers" if args.engine == "auto" and args.lora and args.dtype == "bfloat16" else args.engine
 
 
@@ -887,9 +888,9 @@ def accuracies(history):
 
 
 def peak_memory(run):
-    """The largest so far, in bytes. Torch goes on to count what a sleeping engine has given back: it is left out."""
-    if run.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() - run.sampler.given_back
+    """The largest so far, in bytes."""
+    if run.device.type == "cuda":  # torch goes on to count what a sleeping engine has given back
+        return max(torch.cuda.max_memory_allocated() - run.sampler.given_back, run.sampler.awake)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -409,7 +409,7 @@ class TransformersSampler:
     max_new_tokens: int
     temperature: float
     rows: int  # completions decoded at once
-    given_back = 0  # bytes of a GPU, while it sleeps: this one never does
+    given_back = awake = 0  # bytes; this one never sleeps
 
     def generate(self, prompts, n, seeds, first=0):
         """Token lists → the Completions first … n - 1 of each."""
@@ -507,7 +507,8 @@ class VLLMSampler:
     def __init__(self, args, eos, window, training=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, reproducible and reachable
         gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
-        self.sleeps, self.given_back, self.proved = training and gpu, 0, False  # bytes
+        self.sleeps, self.proved = training and gpu, False
+        self.given_back = self.awake = 0  # bytes: of the engine alone; of all, while it is awake
         with quiet():
             import vllm
 
@@ -525,6 +526,7 @@ class VLLMSampler:
         self.sampling = dict(temperature=args.temperature, top_p=1.0, top_k=-1, max_tokens=args.max_new_tokens,
                              stop_token_ids=eos, detokenize=False, logprobs=0 if training else None)
         if self.sleeps:
+            torch.cuda.empty_cache()  # falling asleep does it too
             free = torch.cuda.mem_get_info()[0]
             self.llm.sleep(level=2)
             self.given_back = torch.cuda.mem_get_info()[0] - free
@@ -569,6 +571,7 @@ class VLLMSampler:
         self.load(policy.full_weights(frozen=everything))
         if self.sleeps:
             self.llm.wake_up(["kv_cache"])
+            self.awake = torch.cuda.memory_allocated()
         self.llm.reset_prefix_cache()  # or old keys and values answer for the new weights
         yield
         if self.sleeps:
@@ -687,7 +690,8 @@ def add_machine_flags(parser, training=False):
     add("--seed", 0, "every answer is a function of this, the problem's id and the copy")
     add("--dtype", ["auto", "float32", "bfloat16"] + ["float16"] * (not training),  # training would need loss scaling
         "the precision of all computing; auto: bfloat16 on a GPU that multiplies in it, else float32")
-    add("--engine", ["auto", "vllm", "transformers"], "auto: vLLM where it can run")
+    add("--engine", ["auto", "vllm", "transformers"], "auto: vLLM where it can run"
+        + ", but transformers for --lora in bf16 (vLLM would hold fp32 weights)" * training)
     add("--decode_rows", 256, "answers saved at once, and with transformers decoded at once; bounds the memory")
     add("--gpu_memory", 0.4 if training else 0.9, "vLLM: the share of each GPU's memory that it takes")
     if not training:

@@ -10,7 +10,7 @@ transformers, vllm   each engine's log-probabilities against the trainer's, befo
 apo, grpo, rebel, ppo   random weights in the shape of Qwen2.5-1.5B, sampled by transformers: seconds by phase, tokens a
                      second, the update's MFU (3 × forward FLOPs, with LoRA 2; recomputation not counted), peak memory
                      and the plan's
-apo-lora, apo-vllm   the same with --lora 16, and sampled by vLLM
+apo-lora, apo-vllm   the same with --lora 16, and sampled by vLLM (Stage 1 is sampled once for each engine)
 decode               how near the decode loop comes to its floor (speed/limits.py), alone and under FSDP; and the same
                      loop as a CUDA graph over a cache of fixed size, and with attention that copies no keys
 
@@ -258,13 +258,12 @@ def algorithm(args, name, lora=(), engine="transformers"):
     dtype = torch.bfloat16 if GPU else torch.float32
     if GPU:  # as much memory as it has, whatever it is
         plan.GPUS["this"] = (torch.cuda.get_device_properties(0).total_memory / 2**30, *[None] * 3)
-    parts = plan.memory(shape, settings, objective, 1, "this" if GPU else None, dtype, prompt + tokens)
-    planned = plan.peak(dict(parts, sampling=0) if engine == "vllm" else parts)  # while vLLM sleeps, as it is measured
-    if skipped := room(plan.peak(parts) + plan.OVERHEAD):
+    planned = plan.peak(plan.memory(shape, settings, objective, 1, "this" if GPU else None, dtype, prompt + tokens))
+    if skipped := room(planned + plan.OVERHEAD):
         return skipped
     # the embedded world's problems are short: so it is asked with more behind them, about 128 tokens
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "vstar.log", "a") as log, redirect_stdout(log):  # for stage1_cost
+    with open(out / "vstar.log", "a", encoding="utf-8") as log, redirect_stdout(log):  # for stage1_cost
         phases.child("vstar.py", f"--model={model}", "--data=tiny/train.jsonl", f"--limit={prompts}", "--samples=2",
                      f"--max_new_tokens={tokens}", f"--prompt={{question}}{'1+1=' * 30}", f"--engine={engine}",
                      f"--out={out}/vstar.jsonl")

@@ -229,7 +229,7 @@ def step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, lo
 
 def engine_precision(args, dtype):
     """vLLM gets --lora's merged weights in fp32."""
-    return torch.float32 if args.lora and args.engine == "vllm" else dtype
+    return torch.float32 if args.lora and args.engine != "transformers" else dtype
 
 
 def vllm_share(shape, gpu, dtype):
@@ -251,8 +251,9 @@ def remedy(shape, args, objective, ranks, gpu, dtype, width):
         return peak(parts(count, **changes)) + OVERHEAD <= room and (
             not vllm or "engine" in changes or share * room >= 1.05 * weights)
 
-    if weights + OVERHEAD > room:
-        return f"it does not fit: for sampling each GPU holds the whole model, which is {weights:.0f} GiB"
+    least = dtype.itemsize * shape.total / 2**30  # of the decode loop, which --lora in vLLM may have to go back to
+    if least + OVERHEAD > room:
+        return f"it does not fit: for sampling each GPU holds the whole model, which is {least:.0f} GiB"
     if fits():
         update = lambda budget: peak(dict(parts(tokens_per_microbatch=budget), sampling=0)) + OVERHEAD
         now = args.tokens_per_microbatch

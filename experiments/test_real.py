@@ -48,19 +48,20 @@ def test_both_stages_at_toy_size(tmp_path, monkeypatch):
     shown, warm_up = set(), real.warm_up
     monkeypatch.setattr(real, "warm_up", lambda tokenizer, model, rows, *more, **keywords: shown.update(
         row["question"] for row in rows) or warm_up(tokenizer, model, rows, *more, **keywords))
-    flags = ["--weights=tiny/model", "--lessons=2", "--steps=2", "--seeds=2", "--ways", "lora16", "grpo", "beta1=inf"]
+    flags = ["--weights=tiny/model", "--lessons=2", "--steps=2", "--seeds=2", "--ways", "lora16", "grpo", "beta1=inf",
+             "--all_seeds", "lora16", "beta1=inf", "--jobs=2", "--name=another"]
     monkeypatch.setattr(sys, "argv", ["real", *flags])
     real.main()
-    found = json.loads((tmp_path / "real.json").read_text())
-    assert [*found["runs"]] == ["lora16 0", "grpo 0", "beta1=inf 0", "lora16 1"]
+    found = json.loads((tmp_path / "another.json").read_text())
+    assert [*found["runs"]] == ["lora16 0", "grpo 0", "beta1=inf 0", "lora16 1", "beta1=inf 1"]
     for name, run in found["runs"].items():
         assert [step for step, _ in run["curve"]] == [0, 2] and run["memory_gb"] > 0
         assert {"pass@1", "pass@2", "kl", "entropy"} <= {*run} and len(run["minutes"]) == 2 - (name == "grpo 0")
-    settings = {way: json.loads((tmp_path / f"runs/{way}/0/run/config.json").read_text())["settings"]
+    settings = {way: json.loads((tmp_path / f"another/{way}/0/run/config.json").read_text())["settings"]
                 for way in ("lora16", "grpo")}
     assert [settings[way]["lora"] for way in settings] == [16, None]
     assert [settings[way].get("group", 1) * settings[way]["batch_size"] for way in settings] == [32, 32]
     train, test = ({row["question"] for row in read_jsonl(tmp_path / "runs" / name)}
                    for name in ("train.jsonl", "test.jsonl"))
-    assert (len(train), len(test), len(shown)) == (768, 256, 2816) and (tmp_path / "real.png").exists()
+    assert (len(train), len(test), len(shown)) == (768, 256, 2816) and (tmp_path / "another.png").exists()
     assert not train & test and not shown & (train | test)

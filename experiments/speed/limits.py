@@ -16,6 +16,7 @@ matrices reach. The second command is one for a GPU.
 """
 
 import random
+import re
 import time
 from types import SimpleNamespace
 
@@ -73,7 +74,8 @@ def seconds_of(call, rounds):
 
 def limits(measured=False):
     """FLOP/s and bytes/s: a known GPU's data sheet, or what a large product of matrices and a large copy reach."""
-    known = [peak[1:3] for name, peak in plan.GPUS.items() if GPU and name in torch.cuda.get_device_name()]
+    words = re.findall(r"\w+", torch.cuda.get_device_name()) if GPU else []  # L4 is not L40S
+    known = [peak[1:3] for name, peak in plan.GPUS.items() if name in words]
     if known and not measured:
         return known[0]
     size, many, dtype = (8192, 1 << 28, torch.bfloat16) if GPU else (2048, 1 << 26, torch.float32)
