@@ -677,7 +677,7 @@ def add_policy_flags(parser, models=None):
     add("--reward", str, "your own: def reward(response: str, row: dict, finished: bool) -> float; row is the problem "
         "with all its fields", metavar="FILE.py:FUNCTION")
     add("--temperature", 1.0, "divides the logits, here and in the loss; 0: greedy", zero=True)
-    add("--max_new_tokens", 1024, "an answer that is longer is cut off and earns 0")
+    add("--max_new_tokens", 1024, "an answer that is longer is cut off, and earns 0 if --reward is not your own")
     return add
 
 
