@@ -82,14 +82,15 @@ def main():
         for passes, (steps, _) in found.items():
             row = table[f"{pace} {passes}"] = dict(pace=pace, batch=batch, passes=passes, prompts=many[passes],
                                                    stage2=round(stage2, 6), steps=steps.round(2).tolist())
-            mean = np.nanmean(steps, axis=1)
+            mean = steps.mean(1)  # NaN, unless every seed gets there
             predicted = mean[-1] * np.array([moments[n] / moments[MOST] for n in CHOICES])
             for name, some in dict(seconds=mean, predicted=predicted).items():
                 row[name] = (np.array(CHOICES) * many[passes] * stage1 + some * batch * stage2).round(3).tolist()
-                row[f"cheapest by {name}"] = CHOICES[int(np.argmin(np.nan_to_num(row[name], nan=np.inf)))]
+                known = [(seconds, n) for seconds, n in zip(row[name], CHOICES) if seconds == seconds]
+                row[f"cheapest by {name}"] = min(known)[1] if known else None
     for key, row in table.items():
-        print(f"batch, rate, passes {key:12s} {row['prompts']:5d} prompts, cheapest N {row['cheapest by seconds']:2d}, "
-              f"predicted {row['cheapest by predicted']:2d}; steps "
+        print(f"batch, rate, passes {key:12s} {row['prompts']:5d} prompts, cheapest N {row['cheapest by seconds']}, "
+              f"predicted {row['cheapest by predicted']}; steps "
               + ", ".join(lab.pm(lab.mean_sd(some), 1) for some in row["steps"]))
     trained = max((out / "runs").glob(f"128-*-{everything}-{MOST}/0")) / "run/model"
     gradients = {"π_ref": gradient(firsts[0]), "trained": gradient(firsts[0], trained)}
