@@ -261,10 +261,11 @@ def summary(rows, beta1, rate=None, own=None):
     accuracy, half = mean_and_interval((rewards >= 1).mean(1))
     finished, length = (np.mean([row[key] for row in rows]) for key in ("finished", "lengths"))
     none, every = np.mean(right == 0), np.mean(right == n)
+    ks = [*[k for k in (1, 2, 4, 8, 16, 32, 64) if k < n], n]
     lines = [
         f"prompts {len(rows)}, N {n}, β1 {beta1:g}",
         f"accuracy          {accuracy:.3f} ± {half:.3f} (95 %)",
-        "pass@k            " + "  ".join(f"{k}: {pass_at_k(rewards, k).mean():.3f}" for k in range(1, n + 1)),
+        "pass@k            " + "  ".join(f"{k}: {pass_at_k(rewards, k).mean():.3f}" for k in ks),
         f"0/{n} right         {none:.1%} of the prompts      {n}/{n} right  {every:.1%}",
         f"finished          {finished:.1%} of the answers",
         f"mean length       {length:.1f} tokens" + (f"      {rate:,.0f} tokens/s" if rate else ""),
