@@ -20,6 +20,7 @@ part, remove its file. A part that was skipped is tried again at the next start.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -267,6 +268,7 @@ def algorithm(args, name, lora=(), engine="transformers"):
         phases.child("vstar.py", f"--model={model}", "--data=tiny/train.jsonl", f"--limit={prompts}", "--samples=2",
                      f"--max_new_tokens={tokens}", f"--prompt={{question}}{'1+1=' * 30}", f"--engine={engine}",
                      f"--out={out}/vstar.jsonl")
+    os.environ.pop("LOCAL_WORLD_SIZE", None)  # vLLM's CPU build leaves it, and it would stand for torchrun
     if GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
