@@ -280,9 +280,9 @@ def algorithm(args, name, lora=(), engine="transformers"):
     trained, _ = plan.networks_of(objective)
     # frozen weights need no gradient of their own, which is a third
     flops = (2 if lora else 3) * trained * objective.passes * plan.forward_flops(shape, answers, prompt, length)
-    first, spent = stage1_cost(out)
+    written, spent = stage1_cost(out)  # tokens, seconds
     return dict(seconds, step=sum(seconds.values()), tokens_per_second=lab.mean("tokens_per_second", rows),
-                stage1_tokens_per_second=first / spent,
+                stage1_tokens_per_second=written / spent,
                 mfu=flops / seconds["update"] / limits.limits()[0], peak_gib=max(row["memory_gb"] for row in rows),
                 planned_gib=planned)
 
