@@ -312,78 +312,83 @@ class Reading(NamedTuple):
 
 
 # Some characters mark what the next steps need: \x01 and \x02 the ends of \text{…}, \x03 a \\, \x04 a dollar, ¶ a ①.
-SIGNS = str.maketrans("−⁻–—×·⋅∗÷⁄’′∶\u00a0", "----****//'': ") | str.maketrans(dict(zip(
-    "π∞°θαβ√≤≥≠∪∩±∈≈½¼¾①②③④⑤⑥⑦⑧⑨\u200b″",
-    r"\pi |\infty |^\circ |\theta |\alpha |\beta | sqrt |\le |\ge |\ne |\cup |\cap |\pm |\in |\approx |"
-    " 1/2| 1/4| 3/4|1¶|2¶|3¶|4¶|5¶|6¶|7¶|8¶|9¶||''".split("|"))))
+SIGNS = str.maketrans("−⁻–—×·⋅∗÷⁄’′∶\u00a0", "----****//'': ") | str.maketrans({
+    "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "√": " sqrt ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "±": r"\pm ", "∈": r"\in ",
+    "≈": r"\approx ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "①": "1¶", "②": "2¶", "③": "3¶", "④": "4¶", "⑤": "5¶",
+    "⑥": "6¶", "⑦": "7¶", "⑧": "8¶", "⑨": "9¶", "\u200b": "", "″": "''"})
 WORDS = (  # what is counted; but three hundreds are not 3
     r"(?![a-z]*(?:less|gross|eds|ands|lions|zens|tens|scores|halves|thirds|quarters|(?<!pa)ths)\b)"
     r"([a-z]{3,}s|men|women|children|mice)")
-# If the first is in a text, what matches the second is spelled as the third, such as the last. The order matters.
-# \001 to \004 are the marks, and \040 is a space.
-SPELLINGS = [
-    (key, re.compile(pattern), spelling)
-    for key, pattern, spelling, *_ in (map(str.strip, row.split("←")) for row in r""" ← [\s.,;]+$|^\s+ ←
-¶ ← ¶(?=\s*[,}]|\s*$) ←
-¶ ← ¶ ← , ← ①③
-} ← ^\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*+\})*+)\}$|^((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*+\})*+)\}$ ← \1\2 ← {5}, 5}
-{,} ← \{,\}(?!\d{3}(?!\d)) ← . ← 3{,}5
-, ← ,\s*\\!\s*|\{,\} ← , ← 11,\! 111 and 1{,}234
-\\ ← \\\\ ← \003 ← out of the way: the second \ of a \\ is not the \ of a \, or a \;
-\% ← \\% ← %
-\$ ← \\\$ ← \004 ← the dollars that are left stand around formulas
-$ ← \$ ←
-( ← (?<=\d\.)\(\d+\) ← ?\g<0> ← 0.(3) is no product
-~ ← \\?~ ← \040
-\ ← \\[!,] ←
-\ ← \\(?:(?:left|right|middle|[bB]igg?[lr]?|displaystyle|limits|quad|qquad)(?![a-zA-Z])|[;:> ()\[\]]) ← \040
- ← \003 ← \\\\
-\ ← \\[dtc](frac|binom)(?![a-zA-Z]) ← \\\1
-frac ← \\frac\s*(\d)(\d)(?=\d) ← \\frac{\1}{\2} ← \frac123 is \frac{1}{2}3
-boxed ← \\f?boxed\s*\{ ← { ← a box in a box
-,0 ← ^([-+]?\d+),(?=0\d+(?![\d.,]))(?!\d{3}(?!\d)) ← \1. ← 0,05 is no list
-math ← \\in\s*\\math(?:bf|rm)\s*\{([RZNQ])\} ← \\in \\mathbb{\1}
-choose ← \{([^{}]*)\\choose([^{}]*)\}|^([^{}]*)\\choose([^{}]*)$ ← \\binom{\1\3}{\2\4}
-{ ← \\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname)\s*\{([^{}]*)\} ← \001\1\002
- ← (?<![\d.,])(\d{1,3}) (?=(?:\d{3} )*\d{3}(?![\d/])) ← \1 ← 10 000
-p ← \s*\001?\s*\b(?:per ?cent(?:age)?|pct)\b\s*\002? ← %
- ← (?:(?<=1)(?=\W*st)|(?<=2)(?=\W*nd)|(?<=3)(?=\W*rd)|(?<=\d)(?=\W*th))[\s^{\001]*..\b\s*\002?\s*\}? ← ← 7^{\text{th}}
-circled ← \\(?:text)?circled\s*\{(\d+)\} ← \1
-infinite ← \001?\s*\binfinite(?:ly many)?(?: solutions?| values| points)?\s*\002?$ ← \\infty
- ← \001\s*(max|min|(?:arc?)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|lg|exp)\s*\002 ← \\\1\040
-_{m ← _\{(?=max|min) ← _{\\
-prime ← \^\s*\{?\s*\\prime\s*\}? ← '
-^ ← (?<=\b[fgh])\^\s*\{\s*-\s*1\s*\}(?=\s*\() ← _{-1} ← f^{-1} is a name
-circ ← \^\s*\{?\s*\\circ\s*\}? ← \\degree\040
-degree ← \\degree\s*\001?\s*([CF])\s*\002?$ ← \001\1\002 ← °C
-degree ← (\d+)\s*\\degree\s*(\d+)\s*'(?!')\s*(\d+)\s*(?:''|") ← (\1+\2/60+\3/3600)\\degree ← 30^\circ 15' 36''
-degree ← (\d+)\s*\\degree\s*(\d+)\s*'(?!') ← (\1+\2/60)\\degree
-degree ← ((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree ← \1\\frac{\\pi}{180} ← \sin 30^\circ
-degree ← ((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree ← \1\\frac{\\pi}{180}
-degree ← \\degree\s*(?=[,)\]<>+=-]|\\[lg]|[kmn]\b|\001?\s*(?:and|or)\b) ← ← 0^\circ < x < 90^\circ
-sq ← \b(?:sq|square)\b\.?\s*(\w+)(\s*\002)?$ ← \1\2^2 ← 5 square cm
-cu ← \b(?:cu|cubic)\b\.?\s*(\w+)(\s*\002)?$ ← \1\2^3
-langle ← \\langle(.*?)\\rangle ← (\1)
-\lim ← ^\\lim(?![a-z])[^=]*=(?=[^=]*$) ← ← \lim_{x \to 0} f(x) = 1
-: ← ([\w.]+)\s*:\s*([\w.]+)\s*:\s*([\w.]+) ← (\1,\2,\3) ← 1:2:3
-: ← ([a-zA-Z]{3,})\s*\002?\s*:\s*\002? ← \1= ← Largest: 5
-infty ← \[(?=\s*-\s*\\infty)|(?<=\\infty)\s*\] ← ? ← no number is infinite
-integer ← \001?\s*\bis (?:an|any)(?: arbitrary)? integer\b\s*\002? ← \\in Z
-integer ← (?:\b(?:an|any|all|every|each)\s+)?\bintegers?\b\s*\002?\s*([a-zA-Z])\b ← \1\\in Z
-\{ ← \\\{(?:\s*\w\s*(?:\\mid|[|:]))?(.*?)(?:\\mid|[|:,])\s*(\w\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?)\s*\\\}$ ← \1,\2
-\{ ← \\\{\s*\w\s*(?:\\in\s*(?:\\mathbb\s*)?\{?R\}?)?\s*(?:\\mid|:|\|) ← \\{\\mid\040 ← \{x \in R : x > 2\}
-mathbb ← \\mathbb\s*(?:R\b|\{R\}) ← (-\\infty,\\infty)
-infty ← (\(-\\infty,\\infty\))\s*(?:-|/|\\backslash)\s*(?=\\\{) ← \1\\setminus\040
-| ← \|\s*\\(?:vec|overrightarrow|overline)\s*\{(\w\w)\}\s*\| ← |\1|
-( ← (?<![\w\\])([A-Z])\s*(?=\([^()=]*,[^()=]*\)\s*(?:,|$)) ← \1= ← A(1,2)
-\ ← \\(?:lor|vee)(?![a-z]) ← ∨
-\ ← \\(?:land|wedge)(?![a-z]) ← ,
-and ← \001?\s*\band\b\s*\002? ← ,
-or ← \001?\s*\bor\b\s*\002? ← ∨
-, ← (\d+)\s*\001?\s*WORDS\s*\002?(?=\s*,) ← \2=\1 ← 3 apples, 5 pears
-, ← (?<=,)\s*(\d+)\s*\001?\s*WORDS\s*\002?$ ← \2=\1
- ← ^\s*(?:\\approx|=)|\\+$|[\s.,;]+$|^\s+ ←""".replace("WORDS", WORDS).splitlines())
-]
+SPELLINGS = [(key, re.compile(pattern), spelling) for key, pattern, spelling in [
+    # if the first is in a text, what matches the second is spelled as the third; \001 to \004 are the marks
+    ("", r"[\s.,;]+$|^\s+", ""),
+    ("¶", r"¶(?=\s*[,}]|\s*$)", ""),
+    ("¶", "¶", ","),  # ①③
+    ("}", r"^\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*+\})*+)\}$|^((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*+\})*+)\}$",
+     r"\1\2"),  # {5}, 5}
+    ("{,}", r"\{,\}(?!\d{3}(?!\d))", "."),  # 3{,}5
+    (",", r",\s*\\!\s*|\{,\}", ","),  # 11,\! 111, 1{,}234
+    # out of the way: the second \ of a \\ is not the \ of a \, or a \;
+    (r"\\", r"\\\\", r"\003"),
+    (r"\%", r"\\%", "%"),
+    (r"\$", r"\\\$", r"\004"),  # the dollars that are left stand around formulas
+    ("$", r"\$", ""),
+    ("(", r"(?<=\d\.)\(\d+\)", r"?\g<0>"),  # 0.(3) is no product
+    ("~", r"\\?~", " "),
+    ("\\", r"\\[!,]", ""),
+    ("\\", r"\\(?:(?:left|right|middle|[bB]igg?[lr]?|displaystyle|limits|quad|qquad)(?![a-zA-Z])|[;:> ()\[\]])", " "),
+    ("", r"\003", r"\\\\"),
+    ("\\", r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
+    ("frac", r"\\frac\s*(\d)(\d)(?=\d)", r"\\frac{\1}{\2}"),  # \frac123 is \frac{1}{2}3
+    ("boxed", r"\\f?boxed\s*\{", "{"),  # a box in a box
+    (",0", r"^([-+]?\d+),(?=0\d+(?![\d.,]))(?!\d{3}(?!\d))", r"\1."),  # 0,05 is no list
+    ("math", r"\\in\s*\\math(?:bf|rm)\s*\{([RZNQ])\}", r"\\in \\mathbb{\1}"),
+    ("choose", r"\{([^{}]*)\\choose([^{}]*)\}|^([^{}]*)\\choose([^{}]*)$", r"\\binom{\1\3}{\2\4}"),
+    ("{", r"\\(?:text(?:rm|bf|it|normal)?|math(?:rm|bf|it)|mbox|rm|operatorname)\s*\{([^{}]*)\}", r"\001\1\002"),
+    ("", r"(?<![\d.,])(\d{1,3}) (?=(?:\d{3} )*\d{3}(?![\d/]))", r"\1"),  # 10 000
+    ("p", r"\s*\001?\s*\b(?:per ?cent(?:age)?|pct)\b\s*\002?", "%"),
+    ("", r"(?:(?<=1)(?=\W*st)|(?<=2)(?=\W*nd)|(?<=3)(?=\W*rd)|(?<=\d)(?=\W*th))[\s^{\001]*..\b\s*\002?\s*\}?",
+     ""),  # 7^{\text{th}}
+    ("circled", r"\\(?:text)?circled\s*\{(\d+)\}", r"\1"),
+    ("infinite", r"\001?\s*\binfinite(?:ly many)?(?: solutions?| values| points)?\s*\002?$", r"\\infty"),
+    ("", r"\001\s*(max|min|(?:arc?)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|lg|exp)\s*\002", r"\\\1 "),
+    ("_{m", r"_\{(?=max|min)", r"_{\\"),
+    ("prime", r"\^\s*\{?\s*\\prime\s*\}?", "'"),
+    ("^", r"(?<=\b[fgh])\^\s*\{\s*-\s*1\s*\}(?=\s*\()", "_{-1}"),  # f^{-1} is a name
+    ("circ", r"\^\s*\{?\s*\\circ\s*\}?", r"\\degree "),
+    ("degree", r"\\degree\s*\001?\s*([CF])\s*\002?$", r"\001\1\002"),  # °C
+    ("degree", r"""(\d+)\s*\\degree\s*(\d+)\s*'(?!')\s*(\d+)\s*(?:''|")""",
+     r"(\1+\2/60+\3/3600)\\degree"),  # 30^\circ 15' 36''
+    ("degree", r"(\d+)\s*\\degree\s*(\d+)\s*'(?!')", r"(\1+\2/60)\\degree"),
+    ("degree", r"((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree", r"\1\\frac{\\pi}{180}"),  # \sin 30^\circ
+    ("degree", r"((?:sin|cos|tan|cot|sec|csc)[^,=]*?)\s*\\degree", r"\1\\frac{\\pi}{180}"),  # and a second degree in it
+    ("degree", r"\\degree\s*(?=[,)\]<>+=-]|\\[lg]|[kmn]\b|\001?\s*(?:and|or)\b)", ""),  # 0^\circ < x < 90^\circ
+    ("sq", r"\b(?:sq|square)\b\.?\s*(\w+)(\s*\002)?$", r"\1\2^2"),  # 5 square cm
+    ("cu", r"\b(?:cu|cubic)\b\.?\s*(\w+)(\s*\002)?$", r"\1\2^3"),
+    ("langle", r"\\langle(.*?)\\rangle", r"(\1)"),
+    (r"\lim", r"^\\lim(?![a-z])[^=]*=(?=[^=]*$)", ""),  # \lim_{x \to 0} f(x) = 1
+    (":", r"([\w.]+)\s*:\s*([\w.]+)\s*:\s*([\w.]+)", r"(\1,\2,\3)"),  # 1:2:3
+    (":", r"([a-zA-Z]{3,})\s*\002?\s*:\s*\002?", r"\1="),  # Largest: 5
+    ("infty", r"\[(?=\s*-\s*\\infty)|(?<=\\infty)\s*\]", "?"),  # no number is infinite
+    ("integer", r"\001?\s*\bis (?:an|any)(?: arbitrary)? integer\b\s*\002?", r"\\in Z"),
+    ("integer", r"(?:\b(?:an|any|all|every|each)\s+)?\bintegers?\b\s*\002?\s*([a-zA-Z])\b", r"\1\\in Z"),
+    (r"\{", r"\\\{(?:\s*\w\s*(?:\\mid|[|:]))?(.*?)(?:\\mid|[|:,])\s*(\w\s*\\in\s*(?:\\mathbb\s*)?\{?Z\}?)\s*\\\}$",
+     r"\1,\2"),  # \{2k \mid k \in Z\}
+    (r"\{", r"\\\{\s*\w\s*(?:\\in\s*(?:\\mathbb\s*)?\{?R\}?)?\s*(?:\\mid|:|\|)",
+     r"\\{\\mid "),  # \{x \in R : x > 2\}
+    ("mathbb", r"\\mathbb\s*(?:R\b|\{R\})", r"(-\\infty,\\infty)"),
+    ("infty", r"(\(-\\infty,\\infty\))\s*(?:-|/|\\backslash)\s*(?=\\\{)", r"\1\\setminus "),
+    ("|", r"\|\s*\\(?:vec|overrightarrow|overline)\s*\{(\w\w)\}\s*\|", r"|\1|"),
+    ("(", r"(?<![\w\\])([A-Z])\s*(?=\([^()=]*,[^()=]*\)\s*(?:,|$))", r"\1="),  # A(1,2)
+    ("\\", r"\\(?:lor|vee)(?![a-z])", "∨"),
+    ("\\", r"\\(?:land|wedge)(?![a-z])", ","),
+    ("and", r"\001?\s*\band\b\s*\002?", ","),
+    ("or", r"\001?\s*\bor\b\s*\002?", "∨"),
+    (",", rf"(\d+)\s*\001?\s*{WORDS}\s*\002?(?=\s*,)", r"\2=\1"),  # 3 apples, 5 pears
+    (",", rf"(?<=,)\s*(\d+)\s*\001?\s*{WORDS}\s*\002?$", r"\2=\1"),
+    ("", r"^\s*(?:\\approx|=)|\\+$|[\s.,;]+$|^\s+", ""),
+]]
 # a condition that takes nothing from the answer before it; there, and in f(x) = …, a letter that may have any name
 TAIL = re.compile(
     r"(?<=[\w)}\]\x02'!])(?:"
@@ -392,14 +397,16 @@ TAIL = re.compile(
     r"|[\s,;(\x01]+(?:where|for (?:all|any|some|every|each))\b(?!.*\b(?:odd|even)\b)[^=<>\d\\]*)$")
 HEAD = re.compile(r"\s*[a-zA-Z](?:_\{?-?\w\}?|')*\s*\(\s*([a-z])\s*\)\s*=(?=.*\1)")
 MONEY = {"\x04": "dollar", "€": "euro", "£": "lb"}
-UNITS = {name: names.split("|")[0] for names in (  # each name of a unit: its first
-    "cm|centimeter|centimetre, mm|millimeter|millimetre, m|meter|metre, km|kilometer|kilometre, in|inch, ft|foot|feet, "
-    "yd|yard, mi|mile, g|gram, kg|kilogram, mg|milligram, lb|pound, oz|ounce, s|sec|second, min|minute, h|hr|hour, "
-    "day, week, month, year|yr, L|l|liter|litre, ml|mL|milliliter, gallon|gal, quart, cup, dollar|USD, cent, euro, "
-    "degree|deg, radian|rad, mph|mile per hour|miles per hour, km/h|kmh, m/s, cm/s, ft/s, J|joule, kJ, eV, N|newton, "
-    "W|watt, V|volt, A, K, C, F, Hz, Pa, mol, unit, person|people, student, apple, marble, book, way, point, time, "
-    "side, edge, face, block, page, ticket, coin").split(", ") for name in names.split("|")}
-UNIT = f"({'|'.join(UNITS)})(?:(?<=\\w\\w)e?s)?"
+UNITS = {  # another name of a unit: its own
+    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m", "metre": "m",
+    "kilometer": "km", "kilometre": "km", "inch": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
+    "gram": "g", "kilogram": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "sec": "s", "second": "s",
+    "minute": "min", "hr": "h", "hour": "h", "yr": "year", "l": "L", "liter": "L", "litre": "L", "mL": "ml",
+    "milliliter": "ml", "gal": "gallon", "USD": "dollar", "deg": "degree", "rad": "radian", "mile per hour": "mph",
+    "miles per hour": "mph", "kmh": "km/h", "joule": "J", "newton": "N", "watt": "W", "volt": "V", "people": "person"}
+UNIT = (rf"({'|'.join([*UNITS, *UNITS.values()])}|day|week|month|quart|cup|cent|euro|m/s|cm/s|ft/s|kJ|eV|A|K|C|F|Hz|Pa|"
+        "mol|unit|student|apple|marble|book|way|point|time|side|edge|face|block|page|ticket|coin)"
+        r"(?:(?<=\w\w)e?s)?")
 UNIT_AT_END = re.compile(
     # (?<=[\s\S]) wants something before the unit: a lone cm is no number
     r"\s*(?:\\(degree)\s*|(%)"
@@ -496,22 +503,11 @@ TOKEN = re.compile(
     r"|\\\\|\\[a-zA-Z]+|\\[{}|]"
     r"|arc(?:sin|cos|tan)h?|sinh?|cosh?|tanh?|sec|csc|cot|log|ln|exp|sqrt|pi|infinity|inf"
     r"|<=|>=|!=|\*\*|\S")
-TOKENS = {  # how else a token is written: the token, as the parser knows it
-    name: token for token, *names in map(str.split, r"""infinity \infty inf
-\infinity \inf
-\emptyset \varnothing
-, ;
-* \cdot \times
-/ \div :
-^ **
-| \lvert \rvert \vert \|
-< \lt
-> \gt
-!= \ne \neq
-<= \le \leq \leqslant
->= \ge \geq \geqslant
-= \approx
-∈ \in""".splitlines()) for name in names
+TOKENS = {  # another way to write a token: as the parser knows it
+    "\\infty": "infinity", "inf": "infinity", "\\inf": "\\infinity", "\\varnothing": "\\emptyset", ";": ",",
+    "\\cdot": "*", "\\times": "*", "\\div": "/", ":": "/", "**": "^", "\\in": "∈",
+    "\\lvert": "|", "\\rvert": "|", "\\vert": "|", "\\|": "|", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=",
+    "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=", "\\approx": "=",
 } | {"\\" + name: name for name in (*FUNCTIONS, *GREEK)}
 ZERO, INFINITY = ("number", Fraction(0)), ("variable", "infinity")
 
