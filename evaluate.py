@@ -6,6 +6,7 @@ it says:
     avg@K     the mean accuracy, with a 95 % interval from a bootstrap over problems
     pass@k    the chance that one of k answers is right, unbiased (Chen et al. 2021)
     maj@K     the accuracy of the answer that most of the K agree on; they agree where the checker calls them equal
+              (with --reward: the mean reward in its place)
     KL        of the model to --reference, per answer and per token, from the trainer's log-probabilities
 
     python evaluate.py                                                  the embedded world: π_ref against the trained
@@ -78,7 +79,7 @@ def main():
         gc.collect()  # this sampler's memory goes before the next one's comes
         if RANK == 0:
             answers[one.model, one.data] = rows = read_rows(one.out, args.samples)
-            results.setdefault(one.model, {})[one.data] = found = measure(rows)
+            results.setdefault(one.model, {})[one.data] = found = measure(rows, args.reward)
             if args.reference:
                 found |= divergence(rows, {problem["id"]: problem["tokens"] for problem in problems}, one, device)
     if RANK == 0:
@@ -103,15 +104,16 @@ def report(args, results, answers):
     short = {data: stem if stems.count(stem) == 1 else data for data, stem in zip(args.data, stems)}
     named = {f"{short[data]}  {model}": found for model in results for data, found in results[model].items()}
     width = max(map(len, named))
-    k = args.samples
-    first, *others = args.model
-    print(f"\n{'':{width}s}  accuracy (95 %)         pass@{k}  maj@{k}  finished  length"
+    k, first, *others = args.samples, *args.model
+    agreed = "reward" if args.reward else f"maj@{k}"
+    print(f"\n{'':{width}s}  accuracy (95 %)         pass@{k}  {agreed}  finished  length"
           + "  KL/answer  KL/token" * bool(args.reference) + "   (right: a reward of at least 1)" * bool(args.reward))
     for data in args.data:
         for model in args.model:
             f = results[model][data]
             print(f"{short[data] + '  ' + model:{width}s}  {f['accuracy']:.3f} ({f['low']:.3f} – {f['high']:.3f})  "
-                  f"{f['pass'][k]:.3f}   {f['majority']:.3f}  {f['finished']:8.1%}  {f['length']:6.1f}"
+                  f"{f['pass'][k]:.3f}   {f['reward' if args.reward else 'majority']:.3f}  "
+                  f"{f['finished']:8.1%}  {f['length']:6.1f}"
                   + (f"  {f['kl']:9.3f}  {f['kl_per_token']:8.4f}" if args.reference else ""))
         for model in others:
             both = ([np.mean(np.array(row["rewards"]) >= 1) for row in answers[name, data]] for name in (first, model))
@@ -133,18 +135,21 @@ def report(args, results, answers):
 # what is measured
 
 
-def measure(rows):
-    """All that is said of one model on one data set."""
-    rewards = np.array([row["rewards"] for row in rows]) >= 1  # what is right
-    n = rewards.shape[1]
-    low, high = bootstrap(rewards.mean(1))
-    return {
-        "problems": len(rows), "n": n, "accuracy": rewards.mean(), "low": low, "high": high,
+def measure(rows, own=None):
+    """All that is said of one model on one data set. `own`: --reward, for which no two answers are known to agree"""
+    rewards = np.array([row["rewards"] for row in rows])
+    right, n = rewards >= 1, rewards.shape[1]
+    low, high = bootstrap(right.mean(1))
+    found = {
+        "problems": len(rows), "n": n, "accuracy": right.mean(), "low": low, "high": high,
         "pass": {k: pass_at_k(rewards, k).mean() for k in range(1, n + 1)},
-        "majority": np.mean([majority(row["responses"], row["finished"], right) for row, right in zip(rows, rewards)]),
         "finished": np.mean([row["finished"] for row in rows]),
         "length": np.mean([row["lengths"] for row in rows]),
     }
+    if own:
+        return found | {"reward": rewards.mean()}
+    votes = [majority(row["responses"], row["finished"], some) for row, some in zip(rows, right)]
+    return found | {"majority": np.mean(votes)}
 
 
 def bootstrap(values, draws=2000, seed=0):

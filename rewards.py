@@ -140,9 +140,10 @@ DATASETS = {  # name: hub id, config, its only split (None: the split that was a
 }
 
 
-def load_problems(source, split="train", question_field="question", answer_field="answer"):
+def load_problems(source, split="train", question_field="question", answer_field="answer", own=None):
     """A .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}].
-    A row's other fields stay, for --prompt and --reward, but for those that Stage 1 writes."""
+    A row's other fields stay, for --prompt and --reward, but for those that Stage 1 writes. `own`: --reward, which may
+    need no answer."""
     path = Path(source)
     if split == "test" and source in ("hellaswag", "commonsense_qa"):
         split = "validation"  # they keep the answers of their test split to themselves
@@ -157,7 +158,8 @@ def load_problems(source, split="train", question_field="question", answer_field
              f"or one of {', '.join(DATASETS)}")
     problems = {}
     for number, where, row in rows:
-        question, answer = text_of(row, question_field, where), text_of(row, answer_field, where)
+        question = text_of(row, question_field, where)
+        answer = "" if own and answer_field not in row else text_of(row, answer_field, where)
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:
             fail(f"{where}: the id {key!r} was used before")

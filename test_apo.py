@@ -1267,12 +1267,12 @@ def test_rate():
 
 def test_microbatches_hold_every_response_once():
     samples = some_samples(40)
-    for budget, together in product((1, 60, 10_000), (1, 2)):
-        batches = list(train.microbatches(samples, some_args(tokens_per_microbatch=budget), "cpu", together))
+    for budget, per_loss in product((1, 60, 10_000), (1, 2)):
+        batches = list(train.microbatches(samples, some_args(tokens_per_microbatch=budget), "cpu", per_loss))
         assert sorted(i for rows, _, _ in batches for i in rows) == list(range(40))
         for rows, ids, response in batches:
-            assert len(rows) == together or ids.numel() <= budget
-            assert all(i ^ 1 in rows for i in rows) or together == 1
+            assert len(rows) == per_loss or ids.numel() <= budget
+            assert all(i ^ 1 in rows for i in rows) or per_loss == 1
             for row, i in enumerate(rows):
                 # up to and including the EOS, not the padding, which is the same token
                 assert ids[row][response[row]].tolist() == samples[i].completion.tokens
@@ -3258,14 +3258,17 @@ def test_any_float_is_a_reward():
     rows = [dict(row, responses=["\\boxed{1}", "\\boxed{2}"], rewards=[2 * r for r in row["rewards"]]) for row in rows]
     found = evaluate.measure(rows)
     assert (found["accuracy"], found["majority"], found["pass"][2]) == (0.5, 0.5, 0.5)
+    found = evaluate.measure(rows, "mine.py:judge")  # whose answers may agree in ways that the checker does not see
+    assert (found["accuracy"], found["reward"]) == (0.5, 0.75) and "majority" not in found
 
 
 @whole
 def test_ones_own_task_end_to_end(tmp_path):
-    """A reward, a template and a stop of one's own go from Stage 1 to Stage 2; another reward is refused."""
+    """A reward, a template and a stop of one's own go from Stage 1 to Stage 2; another reward is refused. Such a reward
+    needs no answers."""
     named = own_reward(tmp_path, "return row['weight'] * finished + len(response) / 100")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(
-        dict(id=str(i), question="?", prompt="1", a=i, b=7, answer="-", weight=2)) + "\n" for i in range(1, 17)))
+        dict(id=str(i), question="?", prompt="1", a=i, b=7, weight=2)) + "\n" for i in range(1, 17)))
     out = tmp_path / "v.jsonl"
     inside("vstar.py", "--model=tiny/model", f"--data={tmp_path}/p.jsonl", "--prompt={prompt}{a}+{b}=", "--stop", ";",
            f"--reward={named}", "--samples=2", "--max_new_tokens=20", "--engine=transformers", f"--out={out}")
@@ -3283,6 +3286,7 @@ def test_ones_own_task_end_to_end(tmp_path):
     said = inside(*evaluation(tmp_path / "e", f"--data={tmp_path}/p.jsonl", "--prompt={a}+{b}=", "--stop", ";",
                               "--max_new_tokens=3", f"--reward={named}", "--show=2")).stdout
     assert "right: a reward of at least 1" in said and said.count(", wrong, read cut off\n") == 2
+    assert "pass@4  reward  finished" in said and "maj@" not in said
     own_reward(tmp_path, "return 1.0")
     done = run(*command, check=False)  # in this process the file has been read
     assert done.returncode == 2 and "reward's file changed" in done.stderr, done.stderr

@@ -6,8 +6,8 @@ answer y to each prompt from the current policy π, grade it with a reward r, an
     ( β2 ln π(y|x)/π_ref(y|x)  −  (r − V̂*(x)) )²
 
 What the textbook has and this has not: a critic, groups of answers, clipping, importance weights, an entropy bonus.
-On-policy the gradient is that of −E[r] + β2 KL(π‖π_ref), times 2 β2, for any V̂*. So it ends at the optimal policy
-π* ∝ π_ref exp(r/β2), and a good V̂* takes the noise out.
+On-policy the gradient is that of −E[r] + β2 KL(π‖π_ref), times 2 β2, for any V̂*, also one for another β1. So it ends at
+the policy that is optimal for β2, π* ∝ π_ref exp(r/β2), and a good V̂* takes the noise out.
 
     python train.py                                                     the embedded world, on any CPU
     torchrun --nproc_per_node 8 train.py --vstar out/vstar.jsonl        a real model (experiments/recipes/)
@@ -92,7 +92,7 @@ class APO:
     name, out = "apo", Path("out/run")
     completions = 1  # answers to each prompt of a batch
     passes = 1  # of the optimizer over a batch
-    together = 1  # how many completions one loss needs: REBEL's takes pairs
+    per_loss = 1  # completions that one loss compares: REBEL's takes pairs
     most_reward = 1.0  # the largest that a policy can gain; a KL above most_reward / β2 is ill, says `diagnose`
 
     def __init__(self, args):
@@ -178,7 +178,7 @@ def update(run, samples, given):
     args, objective, optimizer = run.args, run.objective, run.optimizer
     count = sum_over_ranks(objective.count(samples))
     logp, sums, broken = torch.zeros_like(given["ref_logp"]), Counter(), []
-    for chosen, ids, mask in microbatches(samples, args, run.device, objective.together):
+    for chosen, ids, mask in microbatches(samples, args, run.device, objective.per_loss):
         inputs = dict(input_ids=ids, mask=mask, temperature=args.temperature)
         # (rows, width - 1) fp32. Where a process has no samples left, `chosen` is empty and its gradient 0
         part_logp = run.policy(**inputs)[: len(chosen)]
@@ -187,7 +187,7 @@ def update(run, samples, given):
             # FSDP averages over processes; times WORLD over the global count makes that the mean of one big batch
             (losses.sum() * WORLD / count).backward()
             sums[name] += losses.sum().item() / count
-            bad = (~losses.isfinite()).nonzero()[:, 0] * objective.together
+            bad = (~losses.isfinite()).nonzero()[:, 0] * objective.per_loss
             broken += [samples[chosen[i]].row["id"] for i in bad]
         logp[chosen, :columns] = part_logp.detach()
     norms = [full_tensor(clip_grad_norm_(group["params"], args.max_grad_norm)).item()
@@ -195,9 +195,9 @@ def update(run, samples, given):
     refuse_infinite(broken, norms)
     optimizer.step()
     optimizer.zero_grad()
-    losses = {name: sum_over_ranks(loss) for name, loss in sums.items()}
+    means = {name: sum_over_ranks(loss) for name, loss in sums.items()}
     own = dict(grad_norm=norms[0], clipped=norms[0] > args.max_grad_norm, lr=optimizer.param_groups[0]["lr"])
-    return losses | policy_metrics(samples, logp, given) | own
+    return means | policy_metrics(samples, logp, given) | own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class Sample(NamedTuple):
 
 
 def prompts_of_step(rows, step, args):
-    """This process's [(place, row)] of a step: pass after pass over all prompts, each in an order of its own. The place
+    """This process's [(place, row)] of a step: epoch after epoch, all prompts in an order of its own. The place
     counts the prompts since the run began. Order and seeds are functions of it and --seed: nothing needs to be kept."""
     places = range(step * args.batch_size, (step + 1) * args.batch_size)[RANK::WORLD]
     return [(place, rows[order_of(args.seed, place // len(rows), len(rows))[place % len(rows)]]) for place in places]
@@ -424,7 +424,7 @@ def main(Objective=APO):
     device = start_process(args, group=True)
     with first_process_first("prepared"):
         rows, stage1 = read_stage1(args)
-        fields = stage1["question_field"], stage1["answer_field"]
+        fields = stage1["question_field"], stage1["answer_field"], args.reward
         held_out = load_problems(args.eval_data, args.eval_split, *fields) if args.eval_data else []
         held_out = held_out[: args.eval_limit]
         tokenizer, eos = ask(rows + held_out, args)
@@ -576,15 +576,15 @@ def take(given, chosen, columns=None):
     return {name: tensor[chosen, :columns] if tensor.dim() > 1 else tensor[chosen] for name, tensor in given.items()}
 
 
-def microbatches(samples, args, device, together=1):
+def microbatches(samples, args, device, per_loss=1):
     """(the chosen samples' indices, ids, mask): samples of like length, of at most --tokens_per_microbatch padded
-    tokens, but at least one. `together` neighbours (REBEL's pairs) are not parted. All processes get equally many,
+    tokens, but at least one. `per_loss` neighbours (REBEL's pairs) are not parted. All processes get equally many,
     because FSDP's collectives must pair up; one made up for that has chosen no sample and counts for nothing."""
     length = [len(sample.ids) for sample in samples]
     longest = lambda unit: max(length[i] for i in unit)
     groups = []
-    for unit in sorted(batched(range(len(samples)), together), key=longest, reverse=True):
-        if groups and (len(groups[-1]) + together) * longest(groups[-1][:together]) <= args.tokens_per_microbatch:
+    for unit in sorted(batched(range(len(samples)), per_loss), key=longest, reverse=True):
+        if groups and (len(groups[-1]) + per_loss) * longest(groups[-1][:per_loss]) <= args.tokens_per_microbatch:
             groups[-1] += unit
         else:
             groups.append([*unit])
@@ -848,8 +848,9 @@ class Log:
         if self.args.show_every and (step == 1 or step % self.args.show_every == 0):
             row, completion, response, reward, _ = samples[0]
             cut, verdict = "" if completion.finished else " … (cut off)", "right" if reward >= 1 else "wrong"
+            gold = f", the answer is {readable(row['answer'])}" * bool(row["answer"])
             self.bar.write(f"── step {step}: {readable(row['prompt'])}\n{readable(response)}{cut}\n"
-                           f"── {verdict}, the answer is {readable(row['answer'])}; V̂* {row['vstar']:.2f}, "
+                           f"── {verdict}{gold}; V̂* {row['vstar']:.2f}, "
                            f"advantage {reward - row['vstar']:+.2f}")
             ref_logp = given["ref_logp"].sum(-1).tolist()  # the log-ratio below is the engine's, good to `mismatch`
             write_rows(self.args.out / f"samples/{step:06d}.jsonl", [

@@ -90,17 +90,17 @@ def main():
             guard_rows(args, problems)
             print(f"Stage 1: {len(problems)} problems of {args.data}, N = {args.samples} answers each from "
                   f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}")
-    rate = sample_all(args, problems, tokenizer, eos, device, args.beta1)
+    speed = sample_all(args, problems, tokenizer, eos, device, args.beta1)
     if RANK == 0:
         rows, png = read_rows(args.out, args.samples), args.out.with_suffix(".png")
-        print(summary(rows, args.beta1, rate, args.reward))
+        print(summary(rows, args.beta1, speed, args.reward))
         histogram(rows, png)
         print(f"→ {args.out}, {png}")
 
 
 def prepare(args):
     """The problems that `args` names, with their prompts in tokens; the tokenizer; the ids that end an answer."""
-    problems = load_problems(args.data, args.split, args.question_field, args.answer_field)[: args.limit]
+    problems = load_problems(args.data, args.split, args.question_field, args.answer_field, args.reward)[: args.limit]
     if args.prompt is None:
         args.prompt = template_of(args.data)
     return problems, *ask(problems, args)
@@ -123,10 +123,10 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
     work = [[(problem, rows.get(problem["id"], NO_ANSWERS)) for problem in chunk] for chunk in work[RANK::WORLD]]
     del rows
     barrier(f"read {out}")  # before anyone writes
-    rate = None
+    speed = None
     if work:
         sampler = make_sampler(args, eos, problems, device)
-        rate = WORLD * sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens)
+        speed = WORLD * sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens)
         sampler.close()
     barrier(f"sampled {out}")
     if RANK == 0 and parts.exists():
@@ -137,7 +137,7 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
         write_rows(out, sorted(rows.values(), key=lambda row: row["id"]))
     barrier(f"merged {out}")
     remove(parts)
-    return rate
+    return speed
 
 
 NO_ANSWERS = dict(rewards=[], lengths=[], finished=[], responses=[], tokens=[])  # of a row: a list over its copies
@@ -176,11 +176,11 @@ def sample_chunks(args, sampler, tokenizer, work, beta1, keep_tokens):
             tokens += sum(map(len, written))
             graded += [reward >= 1 for reward in rewards]
         write_rows(parts_of(args.out) / f"{prompt_seed(args.samples, chunk[0][0]['id'])}.jsonl", rows)
-        rate = tokens / (time.time() - start)
-        bar.set_postfix_str(f"accuracy {np.mean(graded):.3f}, {rate:,.0f} tokens/s", refresh=False)
+        speed = tokens / (time.time() - start)
+        bar.set_postfix_str(f"accuracy {np.mean(graded):.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update(len(chunk))
     bar.close()
-    return rate
+    return speed
 
 
 # what Stage 1 says of its answers
@@ -254,7 +254,7 @@ def mean_and_interval(values):
     return values.mean(), 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def summary(rows, beta1, rate=None, own=None):
+def summary(rows, beta1, speed=None, own=None):
     """Right is what earns at least 1. `own`: --reward"""
     rewards = np.array([row["rewards"] for row in rows])  # (prompts, N)
     n, right = rewards.shape[1], (rewards >= 1).sum(1)
@@ -268,7 +268,7 @@ def summary(rows, beta1, rate=None, own=None):
         "pass@k            " + "  ".join(f"{k}: {pass_at_k(rewards, k).mean():.3f}" for k in ks),
         f"0/{n} right         {none:.1%} of the prompts      {n}/{n} right  {every:.1%}",
         f"finished          {finished:.1%} of the answers",
-        f"mean length       {length:.1f} tokens" + (f"      {rate:,.0f} tokens/s" if rate else ""),
+        f"mean length       {length:.1f} tokens" + (f"      {speed:,.0f} tokens/s" if speed else ""),
         f"mean V̂*           {np.mean(estimate_vstar(rewards, beta1)):.3f}",
     ]
     if (rewards != rewards[:, :1]).any():
@@ -706,7 +706,7 @@ def add_problem_flags(parser, split, files=None):
         nargs=files)
     add("--split", split, "of a data set on the hub")
     add("--question_field", "question", "the field of a row that holds the question")
-    add("--answer_field", "answer", "the field that holds the answer")
+    add("--answer_field", "answer", "the field that holds the answer; with --reward a problem may lack it")
     add("--limit", int, "only the first so many problems")
     add("--overwrite", False, "throw away what an earlier run with other settings left there")
     return add

@@ -55,7 +55,7 @@ def rebel_loss(logp, old_logp, reward, eta):
 
 
 class REBEL(Baseline):
-    name, out, completions, passes, together = "rebel", Path("out/rebel"), 2, 4, 2
+    name, out, completions, passes, per_loss = "rebel", Path("out/rebel"), 2, 4, 2
 
     @classmethod
     def add_flags(cls, add):
