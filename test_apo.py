@@ -1635,7 +1635,7 @@ def after_stage1(rows, monkeypatch, folder, **settings):
     (folder / "v.jsonl").write_text("")
     (folder / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=2)))
     return some_args(vstar=folder / "v.jsonl", beta1=None, samples=None, filter="none", steps=1, eval_data=None,
-                     eval_split="test")
+                     eval_split="test", prior=0)
 
 
 @pytest.mark.parametrize("data,split,held_out", [
@@ -1659,6 +1659,19 @@ def test_filter(choice, kept, monkeypatch, tmp_path):
     args.samples, args.filter = 1, "none"
     found = train.read_stage1(args)[0]
     assert [row["vstar"] for row in found] == [0, 1, 0] and found[0]["rewards"] == [0]  # from the first alone
+
+
+@pytest.mark.parametrize("beta1,prior,vstar_of_1,vstar_of_0", [
+    (math.inf, 0, 1, 0), (math.inf, 2, (1 + 2 / 4) / 3, (2 / 4) / 3),  # one of four right, twice, beside one's own
+    (1.0, 2, math.log((math.e + 2 * (math.e + 3) / 4) / 3), math.log((1 + 2 * (math.e + 3) / 4) / 3)),
+])
+def test_prior_answers_of_the_average_prompt(beta1, prior, vstar_of_1, vstar_of_0, monkeypatch, tmp_path):
+    rows = [dict(id=name, rewards=[float(name == "a")], vstar=0.0) for name in "abcd"]
+    args = after_stage1(rows, monkeypatch, tmp_path, data="d")
+    args.beta1, args.samples, args.prior = beta1, 1, prior
+    found = [row["vstar"] for row in train.read_stage1(args)[0]]
+    assert found == pytest.approx([vstar_of_1, *[vstar_of_0] * 3])
+    assert train.read_stage1(args)[0][0]["rewards"] == [1.0]  # what was seen stays apart from it
 
 
 def old_weights(lag, times):

@@ -375,6 +375,7 @@ def make_parser(Objective):
     add("--vstar", Path("out/vstar.jsonl"), "what Stage 1 wrote; its settings lie beside it")
     add("--beta1", float, "β1 of V̂*; default: Stage 1's; another is computed from the stored rewards")
     add("--samples", int, "use only the first so many of Stage 1's rewards per prompt")
+    add("--prior", 0, "where N is small: count so many answers of the average prompt with each prompt's own (2, say)")
     add("--filter", ["none", "unsolved", "both"], "leave out prompts that π_ref never solved in Stage 1 (unsolved), or "
         "never and always (both)")
     Objective.add_flags(add)
@@ -483,7 +484,9 @@ def read_stage1(args):
         fail(f"{args.vstar}: {kept} answers per prompt, not --samples {args.samples}; vstar.py can add the others")
     for row in rows:
         row["rewards"] = row["rewards"][: args.samples]
-        row["vstar"] = float(estimate_vstar(row["rewards"], args.beta1))
+    average = float(estimate_vstar([reward for row in rows for reward in row["rewards"]], args.beta1))
+    for row in rows:  # exp(average/β1) is the mean of exp(r/β1) over all answers: what one of them adds to the sum
+        row["vstar"] = float(estimate_vstar(row["rewards"] + [average] * args.prior, args.beta1))
     if args.filter != "none":
         rows = [row for row in rows if max(row["rewards"]) >= 1 and (args.filter != "both" or min(row["rewards"]) < 1)]
         if not rows:
@@ -912,8 +915,8 @@ def diagnose(rows, args, most_reward=1.0):
     before, now = lambda key: mean(rows[:10], key), lambda key: mean(rows[-10:], key)
     best = max(mean(rows[i : i + 10], "reward") for i in range(len(rows) - 9))
     if now("unsolved") > 0.15 and not args.reward:  # where filtering began to pay in experiments/unsolved.py
-        found["unsolved"] = (f"{now('unsolved'):.0%} of the prompts have V̂* = 0: π_ref never solved them, so "
-                             "there is little to learn from and the loss stays. Does the checker misread the answers "
+        found["unsolved"] = (f"{now('unsolved'):.0%} of the prompts were never solved by π_ref in Stage 1, so there is "
+                             "little to learn from and the loss stays. Does the checker misread the answers "
                              "(look at some)? Otherwise take easier problems, or leave these out: --filter unsolved.")
     if before("finished") < 0.2 and now("finished") < 0.2:
         found["no EOS"] = ("nearly no answer ends with EOS, so all earn 0. Does the prompt fit the model (--chat for "
