@@ -187,12 +187,12 @@ def divergence(rows, prompts, args, device):
     samples = [Sample(dict(tokens=prompts[row["id"]]), Completion(tokens, True, []), "", 0.0, 0)
                for row in rows for tokens in row["tokens"]]
 
-    def logp(model, revision=None):  # one model after the other: its memory goes when this ends
-        policy = Policy(load_model(model, revision, args.dtype, device))
+    def logp(model):  # one model after the other: its memory goes when this ends
+        policy = Policy(load_model(model, args.revision, args.dtype, device))
         check_head(policy, device, model)
         return by_token(policy, samples, args, device).sum(-1).double().cpu().numpy()
 
-    ratio = logp(args.model, args.revision) - logp(args.reference)
+    ratio = logp(args.model) - logp(args.reference)
     low, high = bootstrap(ratio.reshape(len(rows), -1).mean(1))
     return dict(kl=ratio.mean(), kl_low=low, kl_high=high,
                 kl_per_token=ratio.sum() / sum(len(sample.completion.tokens) for sample in samples))

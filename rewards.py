@@ -144,9 +144,7 @@ def load_problems(source, split="train", question_field="question", answer_field
     """A .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}].
     A row's other fields stay, for --prompt and --reward, but for those that Stage 1 writes. `own`: --reward, which may
     need no answer."""
-    path = Path(source)
-    if split == "test" and source in ("hellaswag", "commonsense_qa"):
-        split = "validation"  # they keep the answers of their test split to themselves
+    path, split = Path(source), split_of(source, split)
     if path.suffix in (".jsonl", ".json", ".parquet"):
         rows, name = file_rows(path), path.stem
     elif source in DATASETS or source.count("/") == 1:
@@ -174,6 +172,11 @@ def load_problems(source, split="train", question_field="question", answer_field
     if not problems:
         fail(f"{source}: no problems in it")
     return list(problems.values())
+
+
+def split_of(source, split):
+    """Two data sets keep the answers of their test split to themselves."""
+    return "validation" if split == "test" and source in ("hellaswag", "commonsense_qa") else split
 
 
 def lettered(row, question, answer):

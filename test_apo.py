@@ -692,6 +692,20 @@ def test_batch_equals_one_by_one(kind):
             torch.testing.assert_close(plain, torch.tensor(copy.logps), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rows,n,sizes", [(8, 3, [6, 6, 3]), (2, 5, [2, 2, 1] * 5), (5, 5, [5] * 5)])
+def test_decode_rows_bounds_the_batch(rows, n, sizes, monkeypatch):
+    """Also where one prompt has more copies than that."""
+    seen, decode = [], vstar.TransformersSampler.decode
+
+    def counted(self, prompts, copies, seeds):
+        seen.append(len(prompts) * len(copies))
+        return decode(self, prompts, copies, seeds)
+
+    monkeypatch.setattr(vstar.TransformersSampler, "decode", counted)
+    completions = sampler_of(small_model(), rows=rows).generate([[1, 2]] * 5, n, range(5))
+    assert seen == sizes and [len(copies) for copies in completions] == [n] * 5
+
+
 def test_completions_end_with_the_first_eos():
     model = small_model()
     for eos in ([0], [0, 7]):  # 0 is also the padding token
@@ -1121,7 +1135,7 @@ def test_what_stands_behind_the_names_may_not_change(tmp_path):
     model = bytearray(path.read_bytes())
     model[-3000:] = bytes(3000)
     path.write_bytes(model)
-    refused(inside(*command, check=False), "model's weights (was", "--overwrite")
+    refused(inside(*command, check=False), "model's files (was", "--overwrite")
     refused(inside(*stage2(out, tmp_path / "run"), check=False), "weights changed since Stage 1", "vstar.py")
     assert out.read_bytes() == before
 
@@ -1580,6 +1594,10 @@ def test_stale_weights_and_a_wrong_reference_are_noticed(capsys):
     ends_in_one_line(capsys, lambda: check(5, mismatch=math.nan), "old weights")
     check(5, 6e-3, mismatch=0.05, reference_mismatch=0.3)  # but not where step 0 had as much noise
     ends_in_one_line(capsys, lambda: check(1, mismatch=5e-4, reference_mismatch=2e-4), "old weights")  # nearer to π_ref
+    args.dtype = "bfloat16"
+    check(1, mismatch=9e-5, reference_mismatch=3e-5)  # few tokens, rounded by chance to one side
+    ends_in_one_line(capsys, lambda: check(1, mismatch=4e-3, reference_mismatch=1e-3), "old weights")
+    args.dtype = "float32"
     ends_in_one_line(capsys, lambda: check(0, log_ratio_abs=1.0), "agree", "0.05 per token")
 
 
@@ -1613,12 +1631,13 @@ def test_an_eos_of_null_is_the_configs(tmp_path):
     assert vstar.load_tokenizer(str(tmp_path / "model"), None)[1] == vstar.load_tokenizer("tiny/model", None)[1]
 
 
-def test_bin_weights_are_fingerprinted(tmp_path):
+def test_weights_and_tokenizer_are_fingerprinted(tmp_path):
     seen = set()
     for content in (b"one", b"two"):
-        (tmp_path / "pytorch_model.bin").write_bytes(content)
-        seen.add(vstar.fingerprint(tmp_path)["model's weights"])
-    assert len(seen) == 2
+        for name in ("pytorch_model.bin", "tokenizer_config.json", "chat_template.jinja"):
+            (tmp_path / name).write_bytes(content)
+            seen.add(vstar.fingerprint(tmp_path)["model's files"])
+    assert len(seen) == 6
 
 
 def test_what_a_data_set_wrote_is_printed_escaped(capsys):
@@ -1640,7 +1659,7 @@ def after_stage1(rows, monkeypatch, folder, **settings):
 
 @pytest.mark.parametrize("data,split,held_out", [
     ("math", "train", "math"), ("mine.jsonl", "train", None), ("math500", "test", None),  # with no other split
-    ("math", "test", None),  # it is trained on
+    ("math", "test", None), ("hellaswag", "validation", None),  # it is trained on
 ])
 def test_the_default_held_out_problems(data, split, held_out, monkeypatch, tmp_path):
     args = after_stage1([dict(id="a", rewards=[0.0, 1], vstar=0.0)], monkeypatch, tmp_path, data=data, split=split)
@@ -1744,6 +1763,12 @@ def test_illness_is_named(name):
     found = train.diagnose([{**row, **ILL[name](i)} for i, row in enumerate(healthy())], args)
     assert name in found and any(word in found[name] for word in remedies), found
     assert set(found) <= {name, "collapse"}, found
+
+
+def test_rewards_of_another_scale_have_fewer_alarms():
+    for name in ("unsolved", "saturated", "runaway"):
+        rows = [{**row, **ILL[name](i)} for i, row in enumerate(healthy())]
+        assert name in train.diagnose(rows, some_args()) and name not in train.diagnose(rows, some_args(), None)
 
 
 def test_health_is_not_remarked_upon():
@@ -1858,7 +1883,7 @@ def test_sigterm_saves_and_says_how_to_go_on(trained, all_rows, tmp_path):
     wait_until(lambda: path.exists() and len(path.read_text()) > 1500, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on from here" in said, said
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on from here" in said, said
     assert "stopping after this step\n" in said, said  # at once: a step may take a minute
     assert 1 <= len(list((out / "checkpoint").iterdir())) <= 2
     inside(*command)
@@ -2003,6 +2028,15 @@ def test_extending_a_run_is_one_long_run(trained, all_rows, tmp_path):
 ])
 def test_stage2_refuses(more, words, trained, all_rows):
     refused(inside(*stage2(all_rows, trained[0], *more), check=False), *words)
+
+
+@whole
+def test_other_held_out_problems_are_refused(all_rows, tmp_path):
+    """Under the same name, for accuracy before and after is of the same problems."""
+    for question in ("1+2=", "2+1="):
+        (tmp_path / "p.jsonl").write_text(json.dumps(dict(id="1", question=question, answer="3")))
+        done = inside(*stage2(all_rows, tmp_path / "run", f"--eval_data={tmp_path}/p.jsonl", "--steps=1"), check=False)
+    refused(done, "eval_data's problems (was", "--overwrite")
 
 
 @whole
@@ -3068,9 +3102,9 @@ def test_both_stages_rewards_see_the_same_fields(tmp_path):
 
 
 def test_a_changed_field_is_another_problem():
-    prints = [vstar.fingerprint("tiny/model", [dict(id="1", prompt="a", answer="1", target=target, tokens=[1])])
-              for target in (1, 1, 2)]
-    assert prints[0] == prints[1] != prints[2]
+    prints = [vstar.fingerprint("tiny/model", [dict(id="1", prompt=prompt, answer="1", target=target, tokens=[1])])
+              for target, prompt in ((1, "a"), (1, "a"), (2, "a"), (1, "a chat template may tell the date"))]
+    assert prints[0] == prints[1] == prints[3] != prints[2]
 
 
 def test_an_edited_reward_is_another_reward(tmp_path):

@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import DATASETS, fail, load_problems, load_reward, readable
+from rewards import DATASETS, fail, load_problems, load_reward, readable, split_of
 from vstar import (
     RANK,
     WORLD,
@@ -396,7 +396,7 @@ def make_parser(Objective):
         "a GPU")
     add("--offload_reference", False, "π_ref waits in CPU memory between uses (--lora has no second model)")
     add = parser.group("files and output")
-    add("--eval_data", str, "held-out problems; default: Stage 1's data set if it has a test split")
+    add("--eval_data", str, "held-out problems; default: the test split of a named data set (gsm8k, math, …)")
     add("--eval_split", "test", "of a data set on the hub")
     add("--eval_limit", 512, "only the first so many of them")
     add("--eval_every", 20, "steps between measurements of their accuracy")
@@ -436,7 +436,8 @@ def main(Objective=APO):
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
                     "tokens_per_microbatch", "recompute", "offload_reference"]
             guard_settings(args.out / "config.json", args, made, free, algorithm=objective.name, stage1=stage1,
-                           vstar_sum=round(sum(row["vstar"] for row in rows), 6))  # another CPU may round otherwise
+                           vstar_sum=round(sum(row["vstar"] for row in rows), 6),  # another CPU may round otherwise
+                           **{"eval_data's problems": fingerprint(args.model, held_out)["data's problems"]})
             print(f"Stage 2: {len(rows)} prompts of {stage1['data']}, {args.steps} steps of {args.batch_size} from "
                   f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}; accuracy on "
                   f"{len(held_out)} held-out problems (--eval_data)")
@@ -448,11 +449,13 @@ def main(Objective=APO):
         load_checkpoint(run, start)
         if RANK == 0:
             print(f"going on after step {start}")
-    train(run, rows, held_out, start)
+    code = train(run, rows, held_out, start)
     barrier("trained")
     run.sampler.close()  # vLLM leaves the process group, and must do so before it is destroyed
     if dist.is_initialized():
         dist.destroy_process_group()
+    if code:  # or what comes next in a shell script would look for a model
+        raise SystemExit(code)
 
 
 def wanted_engine(args):
@@ -492,9 +495,10 @@ def read_stage1(args):
         if not rows:
             fail(f"--filter {args.filter} leaves no prompt")
     args.steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
-    has_split = DATASETS.get(stage1["data"], [1] * 3)[2] is None
-    if args.eval_data is None and has_split and args.eval_split != stage1["split"]:  # not what is trained on
-        args.eval_data = stage1["data"]
+    data, split = stage1["data"], args.eval_split
+    has_split = DATASETS.get(data, [1] * 3)[2] is None
+    if args.eval_data is None and has_split and split_of(data, split) != split_of(data, stage1["split"]):
+        args.eval_data = data  # but not what is trained on
     return rows, stage1
 
 
@@ -661,13 +665,15 @@ def check_numbers(numbers, step, first_mismatch, args):
     itself: 0, so that the tolerance alone counts). A bound that followed later steps would follow the drift, too.
     """
     tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats per token; bf16 rounds
-    off, mismatch = numbers["log_ratio_abs"] / numbers["length"], numbers["mismatch"]
+    off, mismatch, rounding = numbers["log_ratio_abs"] / numbers["length"], numbers["mismatch"], tolerance / 100
     if step == 0 and off > tolerance:
         fail_together(f"at step 0 π and π_ref should agree, but their log-probabilities differ by {off:.3g} per token")
     if args.engine == "vllm":
         tolerance = max(tolerance, 0.01)  # its kernels may multiply fp32 as TF32
-    # an engine that kept its first weights agrees with π_ref; where all is rounding, the two mismatches are alike
-    if not mismatch <= max(tolerance, 10 * first_mismatch) or numbers["reference_mismatch"] < mismatch / 2:
+    # an engine that kept its first weights agrees with π_ref; where all is rounding, the two mismatches are alike, or
+    # far below the tolerance: a batch of few tokens may round by chance to one side
+    kept_first = numbers["reference_mismatch"] < mismatch / 2 and mismatch > rounding
+    if not mismatch <= max(tolerance, 10 * first_mismatch) or kept_first:
         fail_together(f"the sampler's log-probabilities are off the trainer's by {mismatch:.3g} per token, and off "
                       f"π_ref's by {numbers['reference_mismatch']:.3g}: does it still hold old weights?")
 
@@ -794,6 +800,7 @@ class Log:
     def __init__(self, run, start):
         args = self.args = run.args
         self.run, self.seconds, self.signals, self.told = run, Counter(), [], set()
+        self.zero_one = True  # are all rewards seen 0 or 1? Some warnings hold for these alone
         self.history = read_metrics(args.out / "metrics.jsonl", start) if RANK == 0 else []
         # the engine's mismatch at the run's first step, also after a restart; the first process alone has the history
         self.first_mismatch = sum_over_ranks(next((row["mismatch"] for row in self.history if "mismatch" in row), 0.0))
@@ -860,15 +867,19 @@ class Log:
                 dict(id=s.row["id"], prompt=s.row["prompt"], response=s.response, reward=s.reward,
                      vstar=s.row["vstar"], log_ratio=sum(s.completion.logps) - ref)
                 for s, ref in zip(samples, ref_logp)])
-        for name, text in diagnose(self.history, self.args, self.run.objective.most_reward).items():
+        self.zero_one &= all(sample.reward in (0, 1) for sample in samples)
+        most_reward = self.run.objective.most_reward if self.zero_one else None
+        for name, text in diagnose(self.history, self.args, most_reward).items():
             if name not in self.told:
                 self.told.add(name)
                 self.bar.write(f"warning: {text}")
 
     def stopped(self, step):
+        """→ the exit code, as of a process that a signal ended"""
         self.bar.close()
         if RANK == 0:
             print(f"stopped and saved after step {step}; the same command goes on from here")
+        return 128 + (self.signals or [signal.SIGTERM])[0]
 
     def report(self, problems):
         """Accuracy before and after, and where the model lies."""
@@ -879,7 +890,7 @@ class Log:
             half = mean_and_interval(np.arange(problems) < round(share * problems))[1]
             print(f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)"
                   + "; right is a reward of at least 1" * bool(self.args.reward))
-        total = Counter()
+        total = Counter(self.seconds)  # of the last save
         for row in self.history:
             total.update(row["seconds"])
         print("seconds " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in total.items()))
@@ -906,7 +917,8 @@ def curves(rows, path):
 
 
 def diagnose(rows, args, most_reward=1.0):
-    """The known illnesses that the metrics so far show: {name: cause and remedy}."""
+    """The known illnesses that the metrics so far show: {name: cause and remedy}. most_reward: the largest that can be
+    gained; None: not known, as rewards are not 0 or 1"""
     rows = [row for row in rows if row["step"] > 0]
     found = {}
     if len(rows) < 10:
@@ -914,24 +926,25 @@ def diagnose(rows, args, most_reward=1.0):
     mean = lambda some, key: sum(row[key] for row in some) / len(some)
     before, now = lambda key: mean(rows[:10], key), lambda key: mean(rows[-10:], key)
     best = max(mean(rows[i : i + 10], "reward") for i in range(len(rows) - 9))
-    if now("unsolved") > 0.15 and not args.reward:  # where filtering began to pay in experiments/unsolved.py
+    if now("unsolved") > 0.15 and most_reward:  # where filtering began to pay in experiments/unsolved.py
         found["unsolved"] = (f"{now('unsolved'):.0%} of the prompts were never solved by π_ref in Stage 1, so there is "
                              "little to learn from and the loss stays. Does the checker misread the answers "
                              "(look at some)? Otherwise take easier problems, or leave these out: --filter unsolved.")
     if before("finished") < 0.2 and now("finished") < 0.2:
-        found["no EOS"] = ("nearly no answer ends with EOS, so all earn 0. Does the prompt fit the model (--chat for "
-                           "chat models)? Otherwise raise --max_new_tokens. Both are flags of Stage 1.")
+        found["no EOS"] = ("nearly no answer ends with EOS; without --reward such answers earn 0. Does the prompt fit "
+                           "the model (--chat for chat models)? Otherwise raise --max_new_tokens. Both are flags of "
+                           "Stage 1.")
     elif now("finished") < min(0.8, before("finished") - 0.15) and now("length") > before("length"):
         found["cut off"] = (f"answers grow until they are cut off: {before('finished'):.0%} ended with EOS, now "
                             f"{now('finished'):.0%}. Raise --beta2, or Stage 1's --max_new_tokens.")
-    if before("reward") > 0.95 and not args.reward:  # one's own rewards may have another scale
+    if before("reward") > 0.95 and most_reward:
         found["saturated"] = (f"π_ref already earns {before('reward'):.2f}: nothing is left to learn. Take harder "
                               "problems.")
     elif len(rows) >= 30 and now("log_ratio_abs") < 0.01:
         found["still"] = (f"the policy does not move: after {rows[-1]['step']} steps |ln π/π_ref| is "
                           f"{now('log_ratio_abs'):.1g}. Raise --lr, or lower --beta2 if it is large.")
     # π* ∝ π_ref exp(r/β2) trades at most so much of reward for KL; beyond it the policy is worse than π_ref
-    if now("kl") * args.beta2 > most_reward and not args.reward:
+    if most_reward and now("kl") * args.beta2 > most_reward:
         found["runaway"] = (f"the KL to π_ref runs away: {now('kl'):.1f}, and no reward is worth more than "
                             f"1/β2 = {most_reward / args.beta2:g}. Lower --lr, or use more --warmup.")
     if best > 0.1 and now("reward") < 0.6 * best:

@@ -112,7 +112,7 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
     The prompts are sampled in chunks, and a chunk is a file that appears whole. Answers that exist are kept: what a
     killed run has saved, and those of a run with other --samples, for a copy's random numbers are a function of its
     number. All prompts of a chunk have equally many.
-    Returns the tokens per second of all processes, or None where nothing was left to do.
+    Returns the tokens per second, if all processes are as quick as this one, or None where nothing was left to do.
     """
     # the longest prompts first: what does not fit into memory fails at once, and a chunk's prompts are of like length
     problems = sorted(problems, key=lambda problem: (-len(problem["tokens"]), problem["id"]))
@@ -191,8 +191,9 @@ def vstar_scatter(rewards, beta1, n):
 
     Where rewards are 0 or 1 it is an exact bootstrap, without dice. Of n answers drawn from the N seen, Binomial(n,
     share of right ones) are right, so both are sums over 0 … n. The variance within N seen answers is too small by the
-    factor (N-1)/N, and is divided by it. For β1 ≥ 0.5 and N ≥ 8 its root is within a tenth of the truth. For a smaller
-    β1 it is too low: what was never seen cannot be drawn.
+    factor (N-1)/N, and is divided by it. For β1 ≥ 0.5 and N ≥ 8 its root is within a tenth of the truth, over prompts
+    of all difficulties. For a smaller β1, or where nearly all are hard, it is too low (by a quarter, where 2 % are
+    right): what was never seen cannot be drawn.
     """
     seen, share, right = rewards.shape[1], rewards.mean(1, keepdims=True), np.arange(n + 1)
     more = seen / (seen - 1) if seen > 1 else math.nan  # one answer says nothing of its own scatter
@@ -288,7 +289,8 @@ def summary(rows, beta1, speed=None, own=None):
                      "at some responses. Does the answer stand where the grader looks (--prompt, --chat)? If so, the "
                      "model is too weak for these problems: take easier ones, a stronger model or more --samples.")
     if finished < 0.9:
-        lines.append(f"warning: {1 - finished:.0%} of the answers were cut off and earn 0. Raise --max_new_tokens. If "
+        lines.append(f"warning: {1 - finished:.0%} of the answers were cut off{'' if own else ' and earn 0'}. Raise "
+                     "--max_new_tokens. If "
                      "they ramble on, the model does not know when to stop: try --chat, another --prompt, or --stop.")
     return "\n".join(lines)
 
@@ -417,7 +419,9 @@ class TransformersSampler:
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths: little padding
         completions = []
         for some in batched(longest_first, max(1, self.rows // (n - first))):
-            completions += self.decode([prompts[i] for i in some], range(first, n), [seeds[i] for i in some])
+            parts = [self.decode([prompts[i] for i in some], range(copy, min(copy + self.rows, n)),
+                                 [seeds[i] for i in some]) for copy in range(first, n, self.rows)]
+            completions += [sum(copies, []) for copies in zip(*parts)]
         return [copies for _, copies in sorted(zip(longest_first, completions))]
 
     @torch.no_grad()  # not inference_mode: FSDP would keep buffers that autograd may not touch
@@ -941,18 +945,20 @@ def guard_settings(config, args, made, free=(), **more):
 
 def fingerprint(model, problems=(), reward=None):
     """What stands behind the names, so that no answers are taken for those of a model or file that has changed since.
-    Of a local model's weights it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
+    Of a local model's weights and tokenizer it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
     weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-    for path in sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")]):
+    kinds = ("*.safetensors", "*.bin", "tokenizer*", "chat_template*")
+    for path in sorted(path for kind in kinds for path in Path(model).glob(kind)):
         if not path.stat().st_size:
             fail(f"{path} is empty")
         data = np.memmap(path, np.uint8, "r")
         for place in range(0, len(data), max(4096, len(data) // 256)):
             weights.update(data[place : place + 4096])
     for problem in problems:
-        asked.update(json.dumps({**problem, "tokens": 0}, sort_keys=True).encode())  # a reward may read any field
+        # a reward may read any field; but a chat template may tell the date, and tomorrow's prompt be another
+        asked.update(json.dumps({**problem, "prompt": 0, "tokens": 0}, sort_keys=True).encode())
     own = hashlib.blake2b(Path(reward.rpartition(":")[0]).read_bytes(), digest_size=8).hexdigest() if reward else None
-    return {"model's weights": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
+    return {"model's files": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
 
 
 def read_rows(path, n=None):

@@ -36,7 +36,7 @@ def main():
     parser.set_defaults(stage1="@tiny/vstar.args --samples=2")  # what vstar.py says to be cheapest for one pass
     add = parser.add_argument
     add("--name", default="compare", help="of the results, and of the folder in out/")
-    add("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], help="the sweep's; PPO's critic: ×10")
+    add("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], help="the sweep's")
     add("--betas", nargs="+", default=["0.01", "0.1"], help="the sweep's weights of the KL")
     add("--keep_sweep", action="store_true", help="take rates and weights of the KL from results/compare.json")
     add("--reach", type=float, nargs="+", default=[0.80, 0.90], help="accuracies to which the time is taken")
@@ -44,8 +44,7 @@ def main():
 
     def one(algorithm, rate, beta, seed, eval_every, **keywords):
         first = lab.stage1(args, f"out/{args.name}/stage1/{seed}", f"--seed={seed}", **keywords)
-        critic = [f"--critic_lr={10 * float(rate)}"] * (algorithm == "ppo")
-        return lab.train(args, f"out/{args.name}/{algorithm}/{rate}-{beta}-{seed}", first, f"--lr={rate}", *critic,
+        return lab.train(args, f"out/{args.name}/{algorithm}/{rate}-{beta}-{seed}", first, f"--lr={rate}",
                          f"--beta2={beta}", f"--seed={seed}", f"--eval_every={eval_every}", "--decode_rows=1024",
                          algorithm=algorithm, **keywords)
 
