@@ -116,10 +116,12 @@ def report(args, results, answers):
                   f"{f['finished']:8.1%}  {f['length']:6.1f}"
                   + (f"  {f['kl']:9.3f}  {f['kl_per_token']:8.4f}" if args.reference else ""))
         for model in others:
-            both = ([np.mean(np.array(row["rewards"]) >= 1) for row in answers[name, data]] for name in (first, model))
+            score = np.mean if args.reward else lambda rewards: np.mean(np.array(rewards) >= 1)
+            both = ([score(row["rewards"]) for row in answers[name, data]] for name in (first, model))
             mean, low, high = results[model][data]["difference"] = paired(*both)
             verdict = "more than noise" if low > 0 or high < 0 else "within noise"
-            print(f"   {model} against {first}: {mean:+.3f} ({low:+.3f} – {high:+.3f}), {verdict}")
+            print(f"   {model} against {first}: {'reward ' * bool(args.reward)}{mean:+.3f} ({low:+.3f} – {high:+.3f}), "
+                  + verdict)
     for (model, data), rows in answers.items():
         if args.show:
             print(f"\nwrong answers of {model} on {data}", *wrong_answers(rows, args.show, args.reward), sep="\n")

@@ -147,7 +147,7 @@ def load_problems(source, split="train", question_field="question", answer_field
     path, split = Path(source), split_of(source, split)
     if path.suffix in (".jsonl", ".json", ".parquet"):
         rows, name = file_rows(path), path.stem
-    elif source in DATASETS or source.count("/") == 1:
+    elif source in DATASETS or source.count("/") == 1 and not path.is_file():
         default = (source, None, None, question_field, answer_field, BOXED)
         hub_id, config, only_split, question_field, answer_field, _ = DATASETS.get(source, default)
         rows, name = hub_rows(hub_id, config, only_split or split), f"{source}/{only_split or split}"
@@ -157,7 +157,7 @@ def load_problems(source, split="train", question_field="question", answer_field
     problems = {}
     for number, where, row in rows:
         question = text_of(row, question_field, where)
-        answer = "" if own and answer_field not in row else text_of(row, answer_field, where)
+        answer = text_of(row, answer_field, where) if row.get(answer_field) or not own else ""
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:
             fail(f"{where}: the id {key!r} was used before")

@@ -1088,13 +1088,15 @@ def test_ctrl_c_says_how_to_go_on(undisturbed, tmp_path):
     assert out.read_bytes() == undisturbed[0].read_bytes()
 
 
-def test_overwrite_spares_the_model_it_starts_from(tmp_path, capsys):
+def test_out_spares_the_model_and_the_problems(tmp_path, capsys):
     """A second round, whose --out is the first one's by default: π_ref lies in what would be thrown away."""
     model = shutil.copytree(HERE / "tiny/model", tmp_path / "model")
-    args, rows = SimpleNamespace(model=str(model), overwrite=True), tmp_path / "metrics.jsonl"
+    args, rows = SimpleNamespace(model=str(model), overwrite=True, out="run"), tmp_path / "metrics.jsonl"
     rows.write_text("rows")
-    ends_in_one_line(capsys, lambda: vstar.guard_settings(tmp_path / "config.json", args, [rows, model]),
-                     "--overwrite would remove --model", "another --out")
+    guard = lambda: vstar.guard_settings(tmp_path / "config.json", args, [rows, model])
+    ends_in_one_line(capsys, guard, "--out run would take the place of --model", "give another")
+    args.model, args.data = "tiny/model", str(rows)  # nor one's own problems
+    ends_in_one_line(capsys, guard, "--out run would take the place of --data", "give another")
     assert len(list(model.iterdir())) > 3 and rows.exists()
 
 
@@ -1415,7 +1417,7 @@ def test_what_is_shown_of_a_step(tmp_path):
     """samples/ has each answer with its own reward, V̂* and log-ratio; the first is printed, with what it tells."""
     args = some_args(out=tmp_path, show_every=2)
     log = object.__new__(train.Log)
-    log.args, log.bar, log.told, log.history = args, mock.MagicMock(), set(), []
+    log.args, log.bar, log.told, log.history, log.zero_one = args, mock.MagicMock(), set(), [], True
     log.run = SimpleNamespace(objective=train.APO(args))
     rows = [dict(id=name, prompt=f"{name}=", answer="7", vstar=value) for name, value in dict(a=0.25, b=0.5).items()]
     samples = [train.Sample(rows[0], Completion([1, 2], True, [-1.0, -0.5]), "seven", 1.0, 0),
@@ -1429,6 +1431,11 @@ def test_what_is_shown_of_a_step(tmp_path):
         dict(id="b", prompt="b=", response="eight", reward=0.0, vstar=0.5, log_ratio=-0.5)]
     said = log.bar.write.call_args[0][0]
     assert "a=" in said and "seven\n" in said and "right, the answer is 7; V̂* 0.25, advantage +0.75" in said
+    args.reward = "mine.py:judge"  # right and wrong are the checker's words
+    log.show(dict(step=4, reward=0.5, kl=0.0, tokens_per_second=9), samples[1:], given)
+    assert "── reward 0; V̂* 0.50, advantage -0.50" in log.bar.write.call_args[0][0] and log.zero_one
+    log.show(dict(step=5, reward=0.5, kl=0.0, tokens_per_second=9), [samples[0]._replace(reward=0.5)], given)
+    assert not log.zero_one
 
 
 def test_a_sleeping_engine_takes_no_memory(monkeypatch):
@@ -1453,7 +1460,9 @@ def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
     """Half a reward is not half right; two are not twice."""
     graded = [SimpleNamespace(reward=reward) for reward in (2.0, 1.0, 0.5, 0.0)]
     monkeypatch.setattr(train, "rollout", lambda run, prompts: [graded[row] for _, row in prompts])
-    assert train.accuracy(None, range(4), mock.MagicMock()) == 0.5
+    for own, found in ((None, {}), ("mine.py:judge", dict(held_out_reward=0.875))):
+        run = SimpleNamespace(args=some_args(reward=own))
+        assert train.held_out_metrics(run, range(4), mock.MagicMock()) == dict(accuracy=0.5, **found)
 
 
 def test_dropout_is_off_and_recomputation_on():
@@ -2005,7 +2014,7 @@ def test_broken_files_each_end_in_one_line(trained, all_rows, tmp_path):
     kill(process)
     torn = next(parts.glob("*.jsonl"))
     torn.write_text("{}")
-    refused(inside(*stage1(tmp_path / "p.jsonl"), check=False), torn.name, "remove it", alone=False)
+    refused(inside(*stage1(tmp_path / "p.jsonl"), check=False), torn.name, "remove this line", alone=False)
     torn.unlink()
     inside(*stage1(tmp_path / "p.jsonl"))
 
@@ -3149,8 +3158,19 @@ def test_bad_problem_files(tmp_path, capsys, content, words):
     ends_in_one_line(capsys, lambda: rewards.load_problems(str(path)), "p.jsonl", *words)
 
 
+def test_a_reward_of_ones_own_needs_no_answer(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "a"}\n{"question": "b", "answer": null}\n{"question": "c", "answer": 7}\n')
+    found = rewards.load_problems(str(path), own="mine.py:judge")
+    assert [problem["answer"] for problem in found] == ["", "", "7"]
+
+
 def test_bad_data_names(tmp_path, capsys, monkeypatch):
     ends_in_one_line(capsys, lambda: rewards.load_problems("gsm9k"), "gsm9k", "unknown", "gsm8k")
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/a.csv").write_text("")  # a file, and no hub id
+    ends_in_one_line(capsys, lambda: rewards.load_problems("mine/a.csv"), "mine/a.csv", ".jsonl, .json or .parquet")
     (tmp_path / "p.parquet").write_text("no")
     ends_in_one_line(capsys, lambda: rewards.load_problems(str(tmp_path / "p.parquet")), "p.parquet")
     import datasets

@@ -137,7 +137,7 @@ def train(run, rows, held_out, start):
     """A step and its random numbers are functions of (--seed, step): a restart repeats what a kill cut off."""
     args, objective, log = run.args, run.objective, Log(run, start)
     if start == 0 and held_out:
-        log(dict(step=0, accuracy=accuracy(run, held_out, log)))
+        log(dict(step=0, **held_out_metrics(run, held_out, log)))
     for step in log.bar:
         # 1. one completion of each prompt, by the policy as it is now, graded
         with log.phase("sampling"):
@@ -159,7 +159,7 @@ def train(run, rows, held_out, start):
         metrics = {"step": done, **numbers[0], **batch_metrics(samples),
                    "clipped": sum(some["clipped"] for some in numbers) / len(numbers)}
         if held_out and (last or done % args.eval_every == 0):
-            metrics["accuracy"] = accuracy(run, held_out, log)
+            metrics |= held_out_metrics(run, held_out, log)
         log(metrics, samples, given)
         stop = log.asked_to_stop()  # a signal to stop ends the run after this step, on all processes alike
         if last or stop or done % args.save_every == 0:
@@ -342,11 +342,14 @@ def rollout(run, prompts, n=1):
     return [Sample(row, completion, *said, place) for (place, row, completion), said in zip(pairs, graded)]
 
 
-def accuracy(run, held_out, log):
+def held_out_metrics(run, held_out, log):
     """The share of held-out problems answered rightly: each time the same problems and random numbers."""
     with log.phase("evaluation"):
-        samples = rollout(run, [("held out", row) for row in held_out[RANK::WORLD]])
-        return sum_over_ranks(sum(sample.reward >= 1 for sample in samples)) / len(held_out)
+        rewards = [sample.reward for sample in rollout(run, [("held out", row) for row in held_out[RANK::WORLD]])]
+        right, total = sum_over_ranks([sum(reward >= 1 for reward in rewards), sum(rewards)])
+    # a reward of one's own may have shades
+    shades = dict(held_out_reward=total / len(held_out)) if run.args.reward else {}
+    return dict(accuracy=right / len(held_out), **shades)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,7 +471,6 @@ def read_stage1(args):
     config = args.vstar.with_suffix(".config.json")
     if not args.vstar.exists():
         fail(f"{args.vstar}: no such file; run vstar.py first (or name its output with --vstar)")
-    rows = read_rows(args.vstar)
     try:
         told = json.loads(config.read_text(encoding="utf-8"))
         stage1 = told["settings"]
@@ -476,10 +478,13 @@ def read_stage1(args):
         args.beta1, args.samples = args.beta1 or stage1["beta1"], args.samples or told["samples"]
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{config}: not there, or not the settings that this vstar.py writes; run it again")
+    rows = read_rows(args.vstar)
+    if not rows:
+        fail(f"{args.vstar}: no rows in it; run vstar.py again")
     load_reward(args.reward)
     for name, now in fingerprint(args.model, reward=args.reward).items():
         if name != "data's problems" and now != stage1.get(name):
-            fail(f"{name} changed since Stage 1, and {args.vstar} holds other V̂*; run vstar.py again")
+            fail(f"{name} changed since Stage 1, and {args.vstar} holds other V̂*; run vstar.py again, with --overwrite")
     if args.temperature == 0:
         fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
     kept = min(len(row["rewards"]) for row in rows)
@@ -493,7 +498,7 @@ def read_stage1(args):
     if args.filter != "none":
         rows = [row for row in rows if max(row["rewards"]) >= 1 and (args.filter != "both" or min(row["rewards"]) < 1)]
         if not rows:
-            fail(f"--filter {args.filter} leaves no prompt")
+            fail(f"--filter {args.filter} leaves no prompt (solved is a reward of at least 1)")
     args.steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
     data, split = stage1["data"], args.eval_split
     has_split = DATASETS.get(data, [1] * 3)[2] is None
@@ -852,16 +857,17 @@ class Log:
 
     def show(self, metrics, samples, given):
         """The bar's figures, now and then an answer (and all of this process in samples/), and each illness once."""
-        step, measured = metrics["step"], accuracies(self.history) or [math.nan]
-        self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, held-out {measured[-1]:.3f}, "
+        step, own = metrics["step"], self.args.reward
+        measured = [row for row in self.history if "accuracy" in row][-1:] or [dict(accuracy=math.nan)]
+        held_out = measured[0].get("held_out_reward", measured[0]["accuracy"])
+        self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, held-out {held_out:.3f}, "
                                  f"KL {metrics['kl']:.2f}, {metrics['tokens_per_second']:,} tokens/s", refresh=False)
         if self.args.show_every and (step == 1 or step % self.args.show_every == 0):
             row, completion, response, reward, _ = samples[0]
             cut, verdict = "" if completion.finished else " … (cut off)", "right" if reward >= 1 else "wrong"
-            gold = f", the answer is {readable(row['answer'])}" * bool(row["answer"])
+            verdict = f"reward {reward:g}" if own else f"{verdict}, the answer is {readable(row['answer'])}"
             self.bar.write(f"── step {step}: {readable(row['prompt'])}\n{readable(response)}{cut}\n"
-                           f"── {verdict}{gold}; V̂* {row['vstar']:.2f}, "
-                           f"advantage {reward - row['vstar']:+.2f}")
+                           f"── {verdict}; V̂* {row['vstar']:.2f}, advantage {reward - row['vstar']:+.2f}")
             ref_logp = given["ref_logp"].sum(-1).tolist()  # the log-ratio below is the engine's, good to `mismatch`
             write_rows(self.args.out / f"samples/{step:06d}.jsonl", [
                 dict(id=s.row["id"], prompt=s.row["prompt"], response=s.response, reward=s.reward,
@@ -885,21 +891,19 @@ class Log:
         """Accuracy before and after, and where the model lies."""
         if RANK > 0:
             return
-        out, measured = self.args.out, accuracies(self.history)
-        for label, share in zip(("before", "after"), measured[:1] + measured[-1:]):
+        out, measured = self.args.out, [row for row in self.history if "accuracy" in row]
+        for label, row in zip(("before", "after"), measured[:1] + measured[-1:]):
+            share = row["accuracy"]
             half = mean_and_interval(np.arange(problems) < round(share * problems))[1]
+            shades = f"; that of a reward of at least 1. Mean reward {row.get('held_out_reward', 0):.3f}"
             print(f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)"
-                  + "; right is a reward of at least 1" * bool(self.args.reward))
+                  + shades * bool(self.args.reward))
         total = Counter(self.seconds)  # of the last save
         for row in self.history:
             total.update(row["seconds"])
         print("seconds " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in total.items()))
         print(f"→ {out}/curves.png, {out}/metrics.jsonl and the model:\n"
               f"  AutoModelForCausalLM.from_pretrained(\"{out}/model\")   or   vllm serve {out}/model")
-
-
-def accuracies(history):
-    return [row["accuracy"] for row in history if "accuracy" in row]
 
 
 def peak_memory(run):
@@ -913,7 +917,8 @@ def curves(rows, path):
     """Over steps above, over seconds below."""
     clock = np.cumsum([sum(row["seconds"].values()) for row in rows])
     rows = [dict(row, seconds=seconds) for row, seconds in zip(rows, clock)]
-    picture(path, rows, ["step", "seconds"], [["reward", "accuracy"], ["kl"], ["loss"], ["length"]])
+    picture(path, rows, ["step", "seconds"], [["reward", "accuracy", "held_out_reward"], ["kl"], ["loss"],
+                                               ["length"]])
 
 
 def diagnose(rows, args, most_reward=1.0):

@@ -290,8 +290,8 @@ def summary(rows, beta1, speed=None, own=None):
                      "model is too weak for these problems: take easier ones, a stronger model or more --samples.")
     if finished < 0.9:
         lines.append(f"warning: {1 - finished:.0%} of the answers were cut off{'' if own else ' and earn 0'}. Raise "
-                     "--max_new_tokens. If "
-                     "they ramble on, the model does not know when to stop: try --chat, another --prompt, or --stop.")
+                     "--max_new_tokens. If they ramble on, the model does not know when to stop: try --chat, another "
+                     "--prompt, or --stop.")
     return "\n".join(lines)
 
 
@@ -670,7 +670,7 @@ def read_flags(parser, recipe):
 def add_policy_flags(parser, models=None):
     """The flags that decide what an answer is: the model, how it is asked, how it samples."""
     add = parser.group("policy and sampling")
-    add("--model", str, "π_ref: a Hugging Face model folder or hub id", required=True, nargs=models)
+    add("--model", str, "a Hugging Face model folder or hub id; in Stage 1 it is π_ref", required=True, nargs=models)
     add("--revision", str, "branch, tag or commit on the hub")
     add("--prompt", str, "what is asked, with fields of the problem in braces: '{question} Answer in \\boxed{}.'; "
         "default: the authors', which asks for \\boxed{} (GSM8K: for ####)", metavar="TEMPLATE")
@@ -921,9 +921,10 @@ def guard_settings(config, args, made, free=(), **more):
     free = {"out", "overwrite", "decode_rows", "gpu_memory", "tensor_parallel", *free}
     settings = {key: value for key, value in {**vars(args), **more}.items() if key not in free}
     settings = json.loads(json.dumps(settings, default=str))
+    for name in {"model", "data"} & vars(args).keys():
+        if any(Path(getattr(args, name)).resolve().is_relative_to(path.resolve()) for path in made):
+            fail(f"--out {args.out} would take the place of --{name} {getattr(args, name)}; give another")
     if args.overwrite:
-        if any(Path(args.model).resolve().is_relative_to(path.resolve()) for path in made):
-            fail(f"--overwrite would remove --model {args.model}; give another --out")
         for path in (config, *made):
             remove(path)
     if config.exists():
@@ -971,8 +972,8 @@ def read_rows(path, n=None):
                 rows.append(row | {key: row[key][:n] for key in NO_ANSWERS.keys() & row})
                 row["vstar"]
             except (ValueError, KeyError, TypeError):
-                fail(f"{path}, line {number}: torn or not a row of answers; remove it, and the command that made it "
-                     "samples these answers again")
+                fail(f"{path}, line {number}: torn or not a row of answers; remove this line, and the command that "
+                     "made the file samples its answers again")
     return rows
 
 

@@ -10,7 +10,6 @@ prompts, so that each remaining prompt is seen equally often. Restartable: what 
 import numpy as np
 
 from experiments import lab
-from train import accuracies
 
 BASE = dict(samples=8, beta1=0.5, beta2=0.1, filter=0)
 VARY = dict(samples=[1, 2, 4, 8, 16, 32], beta1=["inf", 2, 1, 0.5, 0.25, 0.125], beta2=[1e-3, 1e-2, 1e-1, 1, 10],
@@ -34,7 +33,7 @@ def main():
         rows = lab.train(args, out, first, f"--samples={choice['samples']}", f"--beta1={choice['beta1']}",
                      f"--beta2={choice['beta2']}", *["--filter=unsolved"] * choice["filter"], f"--seed={seed}",
                      f"--steps={steps}", threads=1)
-        return dict(accuracy=accuracies(rows)[-1], reward=lab.mean("reward", rows[1:]),
+        return dict(accuracy=lab.accuracies(rows)[-1], reward=lab.mean("reward", rows[1:]),
                     loss=lab.mean("loss", rows[-10:]), kl=lab.mean("kl", rows[-10:]), vstar=lab.mean("vstar", rows[1:]),
                     seconds=sum(map(lab.seconds_of, rows)), steps=steps)
 

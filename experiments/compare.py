@@ -22,7 +22,6 @@ from itertools import product
 import numpy as np
 
 from experiments import lab
-from train import accuracies
 
 # A*-PO paper, table 2. Qwen2.5-1.5B, 3B, 7B on MATH, 4 × H100: hours, GPU memory in %, KL to the base model, MATH500
 PAPER = dict(ppo=[(10.84, 42.64, .151, 57.0), (13.59, 54.95, .111, 65.8), (20.53, 92.81, .133, 74.4)],
@@ -54,7 +53,7 @@ def main():
         tries = list(product(lab.NAMES, args.rates, args.betas))
         lab.stage1(args, f"out/{args.name}/stage1/100", "--seed=100")
         tried = lab.side_by_side(args, [lambda t=t: one(*t, 100, 100000, threads=1) for t in tries])
-        sweep = {" ".join(t): [round(lab.mean("reward", rows[1:]), 4), accuracies(rows)[-1]]
+        sweep = {" ".join(t): [round(lab.mean("reward", rows[1:]), 4), lab.accuracies(rows)[-1]]
                  for t, rows in zip(tries, tried)}
     chosen = {}
     for algorithm in lab.NAMES:
@@ -103,7 +102,7 @@ def measures(rows, offline_tokens, offline, reach):
             if row.get("accuracy", 0) >= goal:
                 at.setdefault(goal, row)
     phases = {phase: float(np.mean([lab.seconds_of(row, [phase]) for row in rows[1:]])) for phase in lab.PHASES}
-    return dict(accuracy=accuracies(rows)[-1], seconds=clock, online_seconds=clock - offline,
+    return dict(accuracy=lab.accuracies(rows)[-1], seconds=clock, online_seconds=clock - offline,
                 memory_gb=rows[-1]["memory_gb"], kl=rows[-1]["kl"], phases=phases,
                 **{f"{name} to {goal:.2f}": at.get(goal, {}).get(key, np.nan) for goal in reach
                    for name, key in dict(seconds="clock", steps="step", tokens="all_tokens", KL="kl").items()})

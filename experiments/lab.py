@@ -169,6 +169,10 @@ def seconds_of(row, phases=PHASES):
     return sum(row["seconds"][phase] for phase in phases)
 
 
+def accuracies(rows):
+    return [row["accuracy"] for row in rows if "accuracy" in row]
+
+
 def mean(key, rows):
     return float(np.mean([row[key] for row in rows if key in row]))  # step 0 has an accuracy alone
 

@@ -6,7 +6,6 @@ The rate with --lora is five and ten times the full one's. Restartable: what is 
 """
 
 from experiments import lab
-from train import accuracies
 
 VARIANTS = {"full": [], "lora16": ["--lora=16", "--lr=1.5e-3"], "lora16, ten times": ["--lora=16", "--lr=3e-3"]}
 
@@ -17,7 +16,7 @@ def main():
     def one(name, seed):
         rows = lab.train(args, f"out/lora/{seed}/{name}", firsts[seed], f"--seed={seed}", *VARIANTS[name], threads=1)
         return dict(accuracy=rows[-1]["accuracy"], kl=rows[-1]["kl"],
-                    curve=[round(accuracy, 4) for accuracy in accuracies(rows)])
+                    curve=[round(accuracy, 4) for accuracy in lab.accuracies(rows)])
 
     seeds = range(args.seeds)
     firsts = lab.side_by_side(

@@ -10,7 +10,6 @@ holds the policy less, noise in V̂* lets it drift off. What is in out/prior/ is
 import numpy as np
 
 from experiments import lab
-from train import accuracies
 from vstar import estimate_vstar
 
 CHOICES = [(n, prior) for n in (1, 2, 8) for prior in (0, 2)]
@@ -38,7 +37,7 @@ def main():
     table, curves = {}, {}
     for n, prior in CHOICES:
         some, key = [runs[n, prior, seed] for seed in range(args.seeds)], f"{n} {prior}"
-        ends = [dict(accuracy=accuracies(rows)[-1], kl=rows[-1]["kl"]) for rows in some]
+        ends = [dict(accuracy=lab.accuracies(rows)[-1], kl=rows[-1]["kl"]) for rows in some]
         table[key] = row = dict(second_moment=round(second_moment(rewards, n, prior), 4), **lab.over_seeds(ends),
                                 accuracies=[end["accuracy"] for end in ends])
         curves[key] = [[(row["step"], row["accuracy"]) for row in rows if "accuracy" in row] for rows in some]

@@ -15,7 +15,6 @@ from itertools import product
 import numpy as np
 
 from experiments import lab
-from train import accuracies
 
 SHARES = [0.0, 0.1, 0.25, 0.5, 0.75]
 VARIANTS = {"all prompts": [], "β2 = 0.01": ["--beta2=0.01"], "unsolved": ["--filter=unsolved"],
@@ -41,8 +40,8 @@ def main():
                          threads=1)
         late = {key: lab.mean(key, rows[-10:]) for key in ("unsolved", "vstar", "reward", "loss", "kl", "length")}
         spent = np.cumsum([[lab.seconds_of(row), row["tokens"]] for row in rows], axis=0)
-        return dict(late, accuracy=accuracies(rows)[-1], loss_first=lab.mean("loss", rows[1:11]), seconds=spent[-1][0],
-                    curve=[[row["step"], row["accuracy"], *cost]
+        return dict(late, accuracy=lab.accuracies(rows)[-1], loss_first=lab.mean("loss", rows[1:11]),
+                    seconds=spent[-1][0], curve=[[row["step"], row["accuracy"], *cost]
                            for row, cost in zip(rows, spent) if "accuracy" in row])
 
     lab.side_by_side(args, [lambda x=x: reference(*x) for x in product(SHARES, range(args.seeds))])
