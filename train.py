@@ -6,8 +6,8 @@ answer y to each prompt from the current policy π, grade it with a reward r, an
     ( β2 ln π(y|x)/π_ref(y|x)  −  (r − V̂*(x)) )²
 
 What the textbook has and this has not: a critic, groups of answers, clipping, importance weights, an entropy bonus.
-On-policy the gradient is that of −E[r] + β2 KL(π‖π_ref), times 2 β2, for any V̂*, also one for another β1. So it ends at
-the policy that is optimal for β2, π* ∝ π_ref exp(r/β2), and a good V̂* takes the noise out.
+On-policy the gradient is that of −E[r] + β2 KL(π‖π_ref), times 2 β2, for any V̂*, also one of another β1. So it ends
+at the policy that is optimal for β2, π* ∝ π_ref exp(r/β2), and a good V̂* takes the noise out.
 
     python train.py                                                     the embedded world, on any CPU
     torchrun --nproc_per_node 8 train.py --vstar out/vstar.jsonl        a real model (experiments/recipes/)
