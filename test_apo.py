@@ -3527,7 +3527,7 @@ def test_model_without_weights_and_torn_answers(tmp_path):
     inside(*command)
     (path,) = (tmp_path / "p").glob("*test.jsonl.jsonl")
     path.write_text(path.read_text()[:-40])
-    refused(inside(*command, check=False), path.name, "line 96", "remove it")
+    refused(inside(*command, check=False), path.name, "line 96", "remove this line")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
