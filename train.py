@@ -480,11 +480,11 @@ def read_stage1(args):
         fail(f"{config}: not there, or not the settings that this vstar.py writes; run it again")
     rows = read_rows(args.vstar)
     if not rows:
-        fail(f"{args.vstar}: no rows in it; run vstar.py again")
+        fail(f"{args.vstar}: no rows in it; run vstar.py again, with --overwrite")
     load_reward(args.reward)
     for name, now in fingerprint(args.model, reward=args.reward).items():
         if name != "data's problems" and now != stage1.get(name):
-            fail(f"{name} changed since Stage 1, and {args.vstar} holds other V̂*; run vstar.py again, with --overwrite")
+            fail(f"{name} changed since Stage 1; {args.vstar} holds other V̂*: run vstar.py again, with --overwrite")
     if args.temperature == 0:
         fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
     kept = min(len(row["rewards"]) for row in rows)

@@ -9,7 +9,7 @@ import pytest
 
 import test_apo
 import vstar
-from experiments import lab, samples
+from experiments import lab, prior, samples
 from test_apo import HERE, read_jsonl, whole
 
 all_rows = test_apo.all_rows  # a fixture
@@ -19,6 +19,14 @@ def test_steps_between_two_evaluations():
     rows = [dict(step=0, accuracy=0.4), dict(step=1), dict(step=4, accuracy=0.6), dict(step=8, accuracy=1.0)]
     assert samples.steps_to(0.8, rows) == 6 and samples.steps_to(0.6, rows) == 4
     assert math.isnan(samples.steps_to(0.8, rows[:3]))
+
+
+def test_the_prior_by_hand():
+    """A prompt that is always solved and one that never is, each beside two answers of the mean exp(r/β1)."""
+    rewards, both = np.repeat([[1.0], [0.0]], prior.SEEN + 3, 1), (math.exp(1 / prior.BETA1) + 1) / 2
+    high, low = (prior.BETA1 * math.log((math.exp(r / prior.BETA1) + 2 * both) / 3) for r in (1, 0))
+    assert prior.second_moment(rewards, 1, 2) == pytest.approx(((1 - high) ** 2 + low**2) / 2)
+    assert prior.second_moment(rewards, 8, 0) == pytest.approx(0)
 
 
 @whole
