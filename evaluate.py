@@ -6,7 +6,7 @@ it says:
     avg@K     the mean accuracy, with a 95 % interval from a bootstrap over problems
     pass@k    the chance that one of k answers is right, unbiased (Chen et al. 2021)
     maj@K     the accuracy of the answer that most of the K agree on; they agree where the checker calls them equal
-              (with --reward: the mean reward in its place)
+              (with --reward: the mean reward in its place, by which two models are compared then)
     KL        of the model to --reference, per answer and per token, from the trainer's log-probabilities
 
     python evaluate.py                                                  the embedded world: π_ref against the trained
@@ -90,7 +90,7 @@ def make_parser():
     parser = Flags("Accuracy, pass@k, maj@k and KL of one or several models.")
     add = add_policy_flags(parser, models="+")
     add("--samples", 1, "K, the answers per problem")
-    add("--reference", str, "also the KL to this model")
+    add("--reference", str, "also the KL to this model (at --revision, if it is on the hub)")
     add = add_machine_flags(parser)
     add("--tokens_per_microbatch", 16384, "padded tokens a forward pass for the KL")
     add = add_problem_flags(parser, split="test", files="+")
@@ -112,7 +112,7 @@ def report(args, results, answers):
         for model in args.model:
             f = results[model][data]
             print(f"{short[data] + '  ' + model:{width}s}  {f['accuracy']:.3f} ({f['low']:.3f} – {f['high']:.3f})  "
-                  f"{f['pass'][k]:.3f}   {f['reward' if args.reward else 'majority']:.3f}  "
+                  f"{f['pass'][k]:.3f}   {f['reward' if args.reward else 'majority']:{len(agreed)}.3f}  "
                   f"{f['finished']:8.1%}  {f['length']:6.1f}"
                   + (f"  {f['kl']:9.3f}  {f['kl_per_token']:8.4f}" if args.reference else ""))
         for model in others:

@@ -157,7 +157,8 @@ def load_problems(source, split="train", question_field="question", answer_field
     problems = {}
     for number, where, row in rows:
         question = text_of(row, question_field, where)
-        answer = text_of(row, answer_field, where) if row.get(answer_field) or not own else ""
+        lacks = own and answer_field == "answer" and row.get("answer") in (None, "")
+        answer = "" if lacks else text_of(row, answer_field, where)
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:
             fail(f"{where}: the id {key!r} was used before")
@@ -175,7 +176,7 @@ def load_problems(source, split="train", question_field="question", answer_field
 
 
 def split_of(source, split):
-    """Two data sets keep the answers of their test split to themselves."""
+    """Two data sets keep the answers of their test split to themselves; their validation split stands for it."""
     return "validation" if split == "test" and source in ("hellaswag", "commonsense_qa") else split
 
 

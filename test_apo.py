@@ -334,7 +334,7 @@ def some_samples(count, seed=0, vocabulary=11):
 def some_args(**more):
     return SimpleNamespace(**{**dict(tokens_per_microbatch=100_000, temperature=1.0, beta2=0.1, max_grad_norm=1e9,
                                      minibatches=1, batch_size=24, passes=1, max_new_tokens=13, lora=None,
-                                     reward=None), **more})
+                                     reward=None, samples=8), **more})
 
 
 def run_of(objective, policy, reference, optimizer=None):
@@ -1419,7 +1419,8 @@ def test_what_is_shown_of_a_step(tmp_path):
     log = object.__new__(train.Log)
     log.args, log.bar, log.told, log.history, log.zero_one = args, mock.MagicMock(), set(), [], True
     log.run = SimpleNamespace(objective=train.APO(args))
-    rows = [dict(id=name, prompt=f"{name}=", answer="7", vstar=value) for name, value in dict(a=0.25, b=0.5).items()]
+    rows = [dict(id=name, prompt=f"{name}=", answer="7", vstar=value, rewards=[0.0, 1.0])
+            for name, value in dict(a=0.25, b=0.5).items()]
     samples = [train.Sample(rows[0], Completion([1, 2], True, [-1.0, -0.5]), "seven", 1.0, 0),
                train.Sample(rows[1], Completion([3], False, [-2.0]), "eight", 0.0, 1)]
     given = dict(ref_logp=torch.tensor([[-2.0, -0.75], [-1.5, 0.0]]))
@@ -1435,6 +1436,9 @@ def test_what_is_shown_of_a_step(tmp_path):
     log.show(dict(step=4, reward=0.5, kl=0.0, tokens_per_second=9), samples[1:], given)
     assert "── reward 0; V̂* 0.50, advantage -0.50" in log.bar.write.call_args[0][0] and log.zero_one
     log.show(dict(step=5, reward=0.5, kl=0.0, tokens_per_second=9), [samples[0]._replace(reward=0.5)], given)
+    assert not log.zero_one
+    log.zero_one, rows[0]["rewards"] = True, [0.0, 5.0]  # in Stage 1 there were others
+    log.show(dict(step=6, reward=0.5, kl=0.0, tokens_per_second=9), samples, given)
     assert not log.zero_one
 
 
@@ -1778,6 +1782,8 @@ def test_rewards_of_another_scale_have_fewer_alarms():
     for name in ("unsolved", "saturated", "runaway"):
         rows = [{**row, **ILL[name](i)} for i, row in enumerate(healthy())]
         assert name in train.diagnose(rows, some_args()) and name not in train.diagnose(rows, some_args(), None)
+    rows = [dict(row, unsolved=0.6) for row in healthy()]  # of one answer most are wrong
+    assert train.diagnose(rows, some_args(samples=1)) == {}
 
 
 def test_health_is_not_remarked_upon():
@@ -3111,9 +3117,11 @@ def test_both_stages_rewards_see_the_same_fields(tmp_path):
 
 
 def test_a_changed_field_is_another_problem():
-    prints = [vstar.fingerprint("tiny/model", [dict(id="1", prompt=prompt, answer="1", target=target, tokens=[1])])
-              for target, prompt in ((1, "a"), (1, "a"), (2, "a"), (1, "a chat template may tell the date"))]
-    assert prints[0] == prints[1] == prints[3] != prints[2]
+    problem = dict(id="1", prompt="a", answer="1", target=1, tokens=[1])
+    first, same, target, dated = problem, dict(problem), dict(problem, target=2), dict(problem, prompt="on Monday: a")
+    for chat in (False, True):  # a chat template may tell the date
+        prints = [vstar.fingerprint("tiny/model", [one], chat=chat) for one in (first, same, target, dated)]
+        assert prints[0] == prints[1] != prints[2] and (prints[0] == prints[3]) == chat
 
 
 def test_an_edited_reward_is_another_reward(tmp_path):
@@ -3158,11 +3166,13 @@ def test_bad_problem_files(tmp_path, capsys, content, words):
     ends_in_one_line(capsys, lambda: rewards.load_problems(str(path)), "p.jsonl", *words)
 
 
-def test_a_reward_of_ones_own_needs_no_answer(tmp_path):
+def test_a_reward_of_ones_own_needs_no_answer(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"question": "a"}\n{"question": "b", "answer": null}\n{"question": "c", "answer": 7}\n')
+    path.write_text('{"question": "a"}\n{"question": "b", "answer": null}\n{"question": "c", "answer": 0}\n')
     found = rewards.load_problems(str(path), own="mine.py:judge")
-    assert [problem["answer"] for problem in found] == ["", "", "7"]
+    assert [problem["answer"] for problem in found] == ["", "", "0"]
+    named = lambda: rewards.load_problems(str(path), "", "question", "gold", "mine.py:judge")
+    ends_in_one_line(capsys, named, "no 'gold'")
 
 
 def test_bad_data_names(tmp_path, capsys, monkeypatch):

@@ -343,11 +343,11 @@ def rollout(run, prompts, n=1):
 
 
 def held_out_metrics(run, held_out, log):
-    """The share of held-out problems answered rightly: each time the same problems and random numbers."""
+    """The share of held-out problems answered rightly, and with --reward their mean reward: each time of the same
+    problems, with the same random numbers."""
     with log.phase("evaluation"):
         rewards = [sample.reward for sample in rollout(run, [("held out", row) for row in held_out[RANK::WORLD]])]
         right, total = sum_over_ranks([sum(reward >= 1 for reward in rewards), sum(rewards)])
-    # a reward of one's own may have shades
     shades = dict(held_out_reward=total / len(held_out)) if run.args.reward else {}
     return dict(accuracy=right / len(held_out), **shades)
 
@@ -438,9 +438,10 @@ def main(Objective=APO):
             made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "samples", "model")]
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
                     "tokens_per_microbatch", "recompute", "offload_reference"]
+            asked = fingerprint(args.model, held_out, chat=args.chat)["data's problems"]
             guard_settings(args.out / "config.json", args, made, free, algorithm=objective.name, stage1=stage1,
                            vstar_sum=round(sum(row["vstar"] for row in rows), 6),  # another CPU may round otherwise
-                           **{"eval_data's problems": fingerprint(args.model, held_out)["data's problems"]})
+                           **{"eval_data's problems": asked})
             print(f"Stage 2: {len(rows)} prompts of {stage1['data']}, {args.steps} steps of {args.batch_size} from "
                   f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}; accuracy on "
                   f"{len(held_out)} held-out problems (--eval_data)")
@@ -812,10 +813,9 @@ class Log:
         self.bar = tqdm(range(start, args.steps), "Stage 2", args.steps, initial=start, disable=RANK > 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
-        if args.wandb and RANK == 0:
-            import wandb
-
-            wandb.init(project=args.wandb, config=vars(args))
+        self.wandb = importlib.import_module("wandb") if args.wandb and RANK == 0 else None
+        if self.wandb:
+            self.wandb.init(project=args.wandb, config=vars(args))
 
     @contextmanager
     def phase(self, name):
@@ -848,10 +848,8 @@ class Log:
         self.history.append(row)
         with open(self.args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             print(json.dumps(row), file=file)
-        if self.args.wandb:
-            import wandb
-
-            wandb.log(row, step=row["step"])
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
         if samples:
             self.show(row, samples, given)
 
@@ -873,7 +871,7 @@ class Log:
                 dict(id=s.row["id"], prompt=s.row["prompt"], response=s.response, reward=s.reward,
                      vstar=s.row["vstar"], log_ratio=sum(s.completion.logps) - ref)
                 for s, ref in zip(samples, ref_logp)])
-        self.zero_one &= all(sample.reward in (0, 1) for sample in samples)
+        self.zero_one &= all(r in (0, 1) for sample in samples for r in (sample.reward, *sample.row["rewards"]))
         most_reward = self.run.objective.most_reward if self.zero_one else None
         for name, text in diagnose(self.history, self.args, most_reward).items():
             if name not in self.told:
@@ -883,6 +881,8 @@ class Log:
     def stopped(self, step):
         """→ the exit code, as of a process that a signal ended"""
         self.bar.close()
+        if self.wandb:
+            self.wandb.finish()  # run_script may end the process at once
         if RANK == 0:
             print(f"stopped and saved after step {step}; the same command goes on from here")
         return 128 + (self.signals or [signal.SIGTERM])[0]
@@ -895,11 +895,11 @@ class Log:
         for label, row in zip(("before", "after"), measured[:1] + measured[-1:]):
             share = row["accuracy"]
             half = mean_and_interval(np.arange(problems) < round(share * problems))[1]
-            shades = f"; that of a reward of at least 1. Mean reward {row.get('held_out_reward', 0):.3f}"
+            shades = f"; right: a reward of at least 1; mean reward {row.get('held_out_reward', 0):.3f}"
             print(f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)"
                   + shades * bool(self.args.reward))
-        total = Counter(self.seconds)  # of the last save
-        for row in self.history:
+        total = Counter()
+        for row in [*self.history, dict(seconds=self.seconds)]:  # of the last save
             total.update(row["seconds"])
         print("seconds " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in total.items()))
         print(f"→ {out}/curves.png, {out}/metrics.jsonl and the model:\n"
@@ -931,7 +931,8 @@ def diagnose(rows, args, most_reward=1.0):
     mean = lambda some, key: sum(row[key] for row in some) / len(some)
     before, now = lambda key: mean(rows[:10], key), lambda key: mean(rows[-10:], key)
     best = max(mean(rows[i : i + 10], "reward") for i in range(len(rows) - 9))
-    if now("unsolved") > 0.15 and most_reward:  # where filtering began to pay in experiments/unsolved.py
+    # where filtering began to pay in experiments/unsolved.py. Of one or two answers, none is right too often
+    if now("unsolved") > 0.15 and most_reward and args.samples >= 4:
         found["unsolved"] = (f"{now('unsolved'):.0%} of the prompts were never solved by π_ref in Stage 1, so there is "
                              "little to learn from and the loss stays. Does the checker misread the answers "
                              "(look at some)? Otherwise take easier problems, or leave these out: --filter unsolved.")

@@ -912,7 +912,7 @@ def guard_rows(args, problems, free=(), **more):
     if args.out.suffix != ".jsonl":  # settings, parts and picture have its name, and other endings
         fail(f"--out {args.out}: the name of a file of rows should end in .jsonl")
     guard_settings(args.out.with_suffix(".config.json"), args, [args.out, parts_of(args.out)], ["samples", *free],
-                   **fingerprint(args.model, problems, args.reward), **more)
+                   **fingerprint(args.model, problems, args.reward, args.chat), **more)
 
 
 def guard_settings(config, args, made, free=(), **more):
@@ -944,20 +944,21 @@ def guard_settings(config, args, made, free=(), **more):
     write_whole(config, json.dumps(dict(settings=settings, samples=args.samples, versions=versions), indent=1) + "\n")
 
 
-def fingerprint(model, problems=(), reward=None):
+def fingerprint(model, problems=(), reward=None, chat=False):
     """What stands behind the names, so that no answers are taken for those of a model or file that has changed since.
     Of a local model's weights and tokenizer it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
     weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
-    kinds = ("*.safetensors", "*.bin", "tokenizer*", "chat_template*")
-    for path in sorted(path for kind in kinds for path in Path(model).glob(kind)):
+    kinds = ("*.safetensors", "*.bin", "tokenizer*", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
+    for path in sorted(path for kind in kinds for path in Path(model).glob(kind) if path.is_file()):
         if not path.stat().st_size:
             fail(f"{path} is empty")
         data = np.memmap(path, np.uint8, "r")
         for place in range(0, len(data), max(4096, len(data) // 256)):
             weights.update(data[place : place + 4096])
     for problem in problems:
-        # a reward may read any field; but a chat template may tell the date, and tomorrow's prompt be another
-        asked.update(json.dumps({**problem, "prompt": 0, "tokens": 0}, sort_keys=True).encode())
+        # a reward may read any field. A chat template may tell the date, and so tomorrow's prompt may be another
+        same = dict(problem, tokens=0) | (dict(prompt=0) if chat else {})
+        asked.update(json.dumps(same, sort_keys=True).encode())
     own = hashlib.blake2b(Path(reward.rpartition(":")[0]).read_bytes(), digest_size=8).hexdigest() if reward else None
     return {"model's files": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
 

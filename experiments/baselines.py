@@ -167,8 +167,8 @@ class PPO(Baseline):
     @classmethod
     def add_flags(cls, add):
         super().add_flags(add)
-        add("--critic_lr", float, "the critic's rate; default: ten times --lr, as in verl (its other values are the "
-            "defaults here, too)")
+        add("--critic_lr", float, "the critic's rate; default: ten times --lr, as in verl, whose values the "
+            "other defaults are, too")
         add("--clip_ratio", 0.2, "how far π/π_old may go from 1")
         add("--value_clip", 0.5, "how far a value may go from what it was")
         add("--gamma", 1.0, "γ, by which later rewards are discounted", zero=True)

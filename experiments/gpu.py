@@ -139,8 +139,6 @@ def train_world(args, dtype, out):
     toy = ["--steps=4", "--batch_size=32", "--save_every=2", "--eval_every=2", "--eval_limit=64"] if args.toy else []
     script(train, "@tiny/train.args", "--engine=transformers", f"--dtype={dtype}", f"--vstar={stage1(args)}",
            f"--out={out}", "--show_every=0", *toy)
-    if not (out / "model").exists():
-        fail(f"{out} was stopped before its end")
     return lab.read(out / "metrics.jsonl")
 
 

@@ -3,8 +3,8 @@
     python -m experiments.prior              → experiments/results/prior.json, .png            (the embedded world)
 
 Few answers say little of their own prompt, and the average says something of each. For N = 1, 2 and 8, without and with
-two such answers: E[(r − V̂*)²], on answers that V̂* has not seen; then a training, with its accuracy and its KL. Where β2
-holds the policy less, noise in V̂* lets it drift off. What is in out/prior/ is not run again.
+two such answers: E[(r − V̂*)²], on answers that V̂* has not seen; then a training, with its accuracy and its KL. Where
+β2 holds the policy less, noise in V̂* lets it drift off. What is in out/prior/ is not run again.
 """
 
 import numpy as np
