@@ -1460,6 +1460,17 @@ def test_a_difference_is_the_others_gain():
     assert mean == 0.5 and 0 < low <= mean <= high <= 1
 
 
+@pytest.mark.parametrize("own,difference", [(None, "+0.000 (+0.000 – +0.000), within noise"),
+                                            ("mine.py:judge", "reward +0.250 (+0.250 – +0.250), more than noise")])
+def test_models_are_compared_by_rewards_of_ones_own(own, difference, tmp_path, capsys):
+    rows = [dict(id=str(i), rewards=[0.25], responses=[""], finished=[True], lengths=[1]) for i in range(9)]
+    answers = {("a", "d"): rows, ("b", "d"): [dict(row, rewards=[0.5]) for row in rows]}
+    results = {model: {"d": evaluate.measure(some, own)} for (model, _), some in answers.items()}
+    args = SimpleNamespace(model=["a", "b"], data=["d"], samples=1, reward=own, reference=None, show=0, out=tmp_path)
+    evaluate.report(args, results, answers)
+    assert f"b against a: {difference}" in capsys.readouterr().out
+
+
 def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
     """Half a reward is not half right; two are not twice."""
     graded = [SimpleNamespace(reward=reward) for reward in (2.0, 1.0, 0.5, 0.0)]
@@ -1678,6 +1689,11 @@ def test_the_default_held_out_problems(data, split, held_out, monkeypatch, tmp_p
     args = after_stage1([dict(id="a", rewards=[0.0, 1], vstar=0.0)], monkeypatch, tmp_path, data=data, split=split)
     train.read_stage1(args)
     assert args.eval_data == held_out
+
+
+def test_an_empty_stage1_is_refused(monkeypatch, tmp_path, capsys):
+    args = after_stage1([], monkeypatch, tmp_path, data="d")
+    ends_in_one_line(capsys, lambda: train.read_stage1(args), "v.jsonl: no rows in it", "--overwrite")
 
 
 @pytest.mark.parametrize("choice,kept", [("none", "abc"), ("unsolved", "ab"), ("both", "a")])
