@@ -1138,7 +1138,7 @@ def test_what_stands_behind_the_names_may_not_change(tmp_path):
     model[-3000:] = bytes(3000)
     path.write_bytes(model)
     refused(inside(*command, check=False), "model's files (was", "--overwrite")
-    refused(inside(*stage2(out, tmp_path / "run"), check=False), "weights changed since Stage 1", "vstar.py")
+    refused(inside(*stage2(out, tmp_path / "run"), check=False), "files changed since Stage 1", "vstar.py")
     assert out.read_bytes() == before
 
 

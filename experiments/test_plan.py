@@ -193,7 +193,8 @@ def test_plan_of_what_stage1_wrote(all_rows, monkeypatch):
     parameters = tiny_model().num_parameters()
     assert f"{parameters:,} parameters" in said and re.search(r"weights \(fp32\) +0.00 GiB", said)
     monkeypatch.chdir(HERE)
-    args = some_args(vstar=all_rows, beta1=None, samples=None, filter="none", steps=1, eval_data=None)
+    args = some_args(vstar=all_rows, beta1=None, samples=None, filter="none", steps=1, eval_data=None,
+                     eval_split="test", prior=0)
     prompt, completion = plan.lengths_of_stage1(args)
     assert completion == np.mean([row["lengths"] for row in read_jsonl(all_rows)])
     assert prompt == np.mean([len(row["prompt"]) for row in read_jsonl(all_rows)])  # a token a character
