@@ -105,18 +105,18 @@ def report(args, results, answers):
     named = {f"{short[data]}  {model}": found for model in results for data, found in results[model].items()}
     width = max(map(len, named))
     k, first, *others = args.samples, *args.model
-    agreed = "reward" if args.reward else f"maj@{k}"
+    agreed, key = ("reward", "reward") if args.reward else (f"maj@{k}", "majority")
+    score = np.mean if args.reward else lambda rewards: np.mean(np.array(rewards) >= 1)
     print(f"\n{'':{width}s}  accuracy (95 %)         pass@{k}  {agreed}  finished  length"
           + "  KL/answer  KL/token" * bool(args.reference) + "   (right: a reward of at least 1)" * bool(args.reward))
     for data in args.data:
         for model in args.model:
             f = results[model][data]
             print(f"{short[data] + '  ' + model:{width}s}  {f['accuracy']:.3f} ({f['low']:.3f} – {f['high']:.3f})  "
-                  f"{f['pass'][k]:.3f}   {f['reward' if args.reward else 'majority']:{len(agreed)}.3f}  "
+                  f"{f['pass'][k]:.3f}   {f[key]:{len(agreed)}.3f}  "
                   f"{f['finished']:8.1%}  {f['length']:6.1f}"
                   + (f"  {f['kl']:9.3f}  {f['kl_per_token']:8.4f}" if args.reference else ""))
         for model in others:
-            score = np.mean if args.reward else lambda rewards: np.mean(np.array(rewards) >= 1)
             both = ([score(row["rewards"]) for row in answers[name, data]] for name in (first, model))
             mean, low, high = results[model][data]["difference"] = paired(*both)
             verdict = "more than noise" if low > 0 or high < 0 else "within noise"

@@ -56,6 +56,7 @@ from vstar import (
     first_process_first,
     grade,
     guard_settings,
+    hash_of,
     load_model,
     make_sampler,
     mean_and_interval,
@@ -134,7 +135,8 @@ class APO:
 
 
 def train(run, rows, held_out, start):
-    """A step and its random numbers are functions of (--seed, step): a restart repeats what a kill cut off."""
+    """A step and its random numbers are functions of (--seed, step): a restart repeats what a kill cut off. → None, or
+    the exit code of a run that a signal stopped"""
     args, objective, log = run.args, run.objective, Log(run, start)
     if start == 0 and held_out:
         log(dict(step=0, **held_out_metrics(run, held_out, log)))
@@ -438,10 +440,9 @@ def main(Objective=APO):
             made = [args.out / name for name in ("checkpoint", "metrics.jsonl", "curves.png", "samples", "model")]
             free = ["steps", "epochs", "save_every", "eval_every", "show_every", "wandb", "vstar",
                     "tokens_per_microbatch", "recompute", "offload_reference"]
-            asked = fingerprint(args.model, held_out, chat=args.chat)["data's problems"]
             guard_settings(args.out / "config.json", args, made, free, algorithm=objective.name, stage1=stage1,
                            vstar_sum=round(sum(row["vstar"] for row in rows), 6),  # another CPU may round otherwise
-                           **{"eval_data's problems": asked})
+                           **{"eval_data's problems": hash_of(held_out, args.chat)})
             print(f"Stage 2: {len(rows)} prompts of {stage1['data']}, {args.steps} steps of {args.batch_size} from "
                   f"{args.model}, {args.engine} ({why}), {WORLD} × {device.type} {args.dtype}; accuracy on "
                   f"{len(held_out)} held-out problems (--eval_data)")
@@ -483,8 +484,8 @@ def read_stage1(args):
     if not rows:
         fail(f"{args.vstar}: no rows in it; run vstar.py again, with --overwrite")
     load_reward(args.reward)
-    for name, now in fingerprint(args.model, reward=args.reward).items():
-        if name != "data's problems" and now != stage1.get(name):
+    for name, now in fingerprint(args.model, args.reward).items():
+        if now != stage1.get(name):
             fail(f"{name} changed since Stage 1; {args.vstar} holds other V̂*: run vstar.py again, with --overwrite")
     if args.temperature == 0:
         fail("--temperature 0: greedy answers have no log-probability to train on; run Stage 1 at temperature 1")
@@ -493,9 +494,8 @@ def read_stage1(args):
         fail(f"{args.vstar}: {kept} answers per prompt, not --samples {args.samples}; vstar.py can add the others")
     for row in rows:
         row["rewards"] = row["rewards"][: args.samples]
-    average = float(estimate_vstar([reward for row in rows for reward in row["rewards"]], args.beta1))
-    for row in rows:  # exp(average/β1) is the mean of exp(r/β1) over all answers: what one of them adds to the sum
-        row["vstar"] = float(estimate_vstar(row["rewards"] + [average] * args.prior, args.beta1))
+    for row, vstar in zip(rows, estimate_with_prior([row["rewards"] for row in rows], args.beta1, args.prior)):
+        row["vstar"] = float(vstar)
     if args.filter != "none":
         rows = [row for row in rows if max(row["rewards"]) >= 1 and (args.filter != "both" or min(row["rewards"]) < 1)]
         if not rows:
@@ -506,6 +506,13 @@ def read_stage1(args):
     if args.eval_data is None and has_split and split_of(data, split) != split_of(data, stage1["split"]):
         args.eval_data = data  # but not what is trained on
     return rows, stage1
+
+
+def estimate_with_prior(rewards, beta1, prior):
+    """V̂* of each prompt, for which so many answers of the average prompt are counted with its own; (prompts, N) →
+    (prompts,). With 0 it is estimate_vstar."""
+    average = estimate_vstar(np.ravel(rewards), beta1)  # exp(average/β1) is the mean of exp(r/β1) over all answers
+    return estimate_vstar(np.pad(rewards, [(0, 0), (0, prior)], constant_values=average), beta1)
 
 
 def make_run(args, objective, tokenizer, eos, prompts, device):
@@ -856,8 +863,8 @@ class Log:
     def show(self, metrics, samples, given):
         """The bar's figures, now and then an answer (and all of this process in samples/), and each illness once."""
         step, own = metrics["step"], self.args.reward
-        measured = [row for row in self.history if "accuracy" in row][-1:] or [dict(accuracy=math.nan)]
-        held_out = measured[0].get("held_out_reward", measured[0]["accuracy"])
+        measured = evaluated(self.history) or [dict(accuracy=math.nan)]
+        held_out = measured[-1].get("held_out_reward", measured[-1]["accuracy"])
         self.bar.set_postfix_str(f"reward {metrics['reward']:.3f}, held-out {held_out:.3f}, "
                                  f"KL {metrics['kl']:.2f}, {metrics['tokens_per_second']:,} tokens/s", refresh=False)
         if self.args.show_every and (step == 1 or step % self.args.show_every == 0):
@@ -891,19 +898,25 @@ class Log:
         """Accuracy before and after, and where the model lies."""
         if RANK > 0:
             return
-        out, measured = self.args.out, [row for row in self.history if "accuracy" in row]
+        out, measured = self.args.out, evaluated(self.history)
         for label, row in zip(("before", "after"), measured[:1] + measured[-1:]):
             share = row["accuracy"]
             half = mean_and_interval(np.arange(problems) < round(share * problems))[1]
-            shades = f"; right: a reward of at least 1; mean reward {row.get('held_out_reward', 0):.3f}"
-            print(f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)"
-                  + shades * bool(self.args.reward))
+            print(f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)", end="")
+            if "held_out_reward" in row:
+                print(f"; right: a reward of at least 1; mean reward {row['held_out_reward']:.3f}", end="")
+            print()
         total = Counter()
         for row in [*self.history, dict(seconds=self.seconds)]:  # of the last save
             total.update(row["seconds"])
         print("seconds " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in total.items()))
         print(f"→ {out}/curves.png, {out}/metrics.jsonl and the model:\n"
               f"  AutoModelForCausalLM.from_pretrained(\"{out}/model\")   or   vllm serve {out}/model")
+
+
+def evaluated(history):
+    """The rows with an evaluation."""
+    return [row for row in history if "accuracy" in row]
 
 
 def peak_memory(run):
@@ -931,7 +944,7 @@ def diagnose(rows, args, most_reward=1.0):
     mean = lambda some, key: sum(row[key] for row in some) / len(some)
     before, now = lambda key: mean(rows[:10], key), lambda key: mean(rows[-10:], key)
     best = max(mean(rows[i : i + 10], "reward") for i in range(len(rows) - 9))
-    # where filtering began to pay in experiments/unsolved.py. Of one or two answers, none is right too often
+    # where filtering began to pay in experiments/unsolved.py. With one to three answers none is right too often
     if now("unsolved") > 0.15 and most_reward and args.samples >= 4:
         found["unsolved"] = (f"{now('unsolved'):.0%} of the prompts were never solved by π_ref in Stage 1, so there is "
                              "little to learn from and the loss stays. Does the checker misread the answers "

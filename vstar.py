@@ -419,6 +419,7 @@ class TransformersSampler:
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths: little padding
         completions = []
         for some in batched(longest_first, max(1, self.rows // (n - first))):
+            # in one part, unless one prompt has more copies than fit
             parts = [self.decode([prompts[i] for i in some], range(copy, min(copy + self.rows, n)),
                                  [seeds[i] for i in some]) for copy in range(first, n, self.rows)]
             completions += [sum(copies, []) for copies in zip(*parts)]
@@ -710,7 +711,7 @@ def add_problem_flags(parser, split, files=None):
         nargs=files)
     add("--split", split, "of a data set on the hub")
     add("--question_field", "question", "the field of a row that holds the question")
-    add("--answer_field", "answer", "the field that holds the answer; with --reward a problem may lack it")
+    add("--answer_field", "answer", "the field that holds the answer; with --reward a problem may lack 'answer'")
     add("--limit", int, "only the first so many problems")
     add("--overwrite", False, "throw away what an earlier run with other settings left there")
     return add
@@ -912,7 +913,7 @@ def guard_rows(args, problems, free=(), **more):
     if args.out.suffix != ".jsonl":  # settings, parts and picture have its name, and other endings
         fail(f"--out {args.out}: the name of a file of rows should end in .jsonl")
     guard_settings(args.out.with_suffix(".config.json"), args, [args.out, parts_of(args.out)], ["samples", *free],
-                   **fingerprint(args.model, problems, args.reward, args.chat), **more)
+                   **fingerprint(args.model, args.reward), **{"data's problems": hash_of(problems, args.chat)}, **more)
 
 
 def guard_settings(config, args, made, free=(), **more):
@@ -921,9 +922,10 @@ def guard_settings(config, args, made, free=(), **more):
     free = {"out", "overwrite", "decode_rows", "gpu_memory", "tensor_parallel", *free}
     settings = {key: value for key, value in {**vars(args), **more}.items() if key not in free}
     settings = json.loads(json.dumps(settings, default=str))
-    for name in {"model", "data"} & vars(args).keys():
-        if any(Path(getattr(args, name)).resolve().is_relative_to(path.resolve()) for path in made):
-            fail(f"--out {args.out} would take the place of --{name} {getattr(args, name)}; give another")
+    for name in ("model", "data"):
+        source = vars(args).get(name)  # Stage 2 has no data
+        if source and any(Path(source).resolve().is_relative_to(path.resolve()) for path in made):
+            fail(f"--out {args.out} would take the place of --{name} {source}; give another")
     if args.overwrite:
         for path in (config, *made):
             remove(path)
@@ -944,10 +946,10 @@ def guard_settings(config, args, made, free=(), **more):
     write_whole(config, json.dumps(dict(settings=settings, samples=args.samples, versions=versions), indent=1) + "\n")
 
 
-def fingerprint(model, problems=(), reward=None, chat=False):
+def fingerprint(model, reward=None):
     """What stands behind the names, so that no answers are taken for those of a model or file that has changed since.
     Of a local model's weights and tokenizer it reads 4 KB in 256 places of each file (--revision tells the hub's)."""
-    weights, asked = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    weights = hashlib.blake2b(digest_size=8)
     kinds = ("*.safetensors", "*.bin", "tokenizer*", "vocab*", "merges.txt", "chat_template*", "generation_config.json")
     for path in sorted(path for kind in kinds for path in Path(model).glob(kind) if path.is_file()):
         if not path.stat().st_size:
@@ -955,12 +957,17 @@ def fingerprint(model, problems=(), reward=None, chat=False):
         data = np.memmap(path, np.uint8, "r")
         for place in range(0, len(data), max(4096, len(data) // 256)):
             weights.update(data[place : place + 4096])
+    own = hashlib.blake2b(Path(reward.rpartition(":")[0]).read_bytes(), digest_size=8).hexdigest() if reward else None
+    return {"model's files": weights.hexdigest(), "reward's file": own}
+
+
+def hash_of(problems, chat):
+    """Of all fields, for a reward may read any. But a chat template may tell the date: tomorrow's prompt is another."""
+    asked = hashlib.blake2b(digest_size=8)
     for problem in problems:
-        # a reward may read any field. A chat template may tell the date, and so tomorrow's prompt may be another
         same = dict(problem, tokens=0) | (dict(prompt=0) if chat else {})
         asked.update(json.dumps(same, sort_keys=True).encode())
-    own = hashlib.blake2b(Path(reward.rpartition(":")[0]).read_bytes(), digest_size=8).hexdigest() if reward else None
-    return {"model's files": weights.hexdigest(), "data's problems": asked.hexdigest(), "reward's file": own}
+    return asked.hexdigest()
 
 
 def read_rows(path, n=None):

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from experiments.baselines import ALGORITHMS
-from train import APO
+from train import APO, evaluated
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
@@ -170,7 +170,7 @@ def seconds_of(row, phases=PHASES):
 
 
 def accuracies(rows):
-    return [row["accuracy"] for row in rows if "accuracy" in row]
+    return [row["accuracy"] for row in evaluated(rows)]
 
 
 def mean(key, rows):

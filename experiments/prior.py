@@ -9,8 +9,8 @@ two such answers: E[(r − V̂*)²], on answers that V̂* has not seen; then a t
 
 import numpy as np
 
+import train
 from experiments import lab
-from vstar import estimate_vstar
 
 CHOICES = [(n, prior) for n in (1, 2, 8) for prior in (0, 2)]
 BETA1, SEEN = 0.5, 8  # Stage 1 samples twice as many: the second half is for measuring
@@ -38,11 +38,11 @@ def main():
     for n, prior in CHOICES:
         some, key = [runs[n, prior, seed] for seed in range(args.seeds)], f"{n} {prior}"
         ends = [dict(accuracy=lab.accuracies(rows)[-1], kl=rows[-1]["kl"]) for rows in some]
-        table[key] = row = dict(second_moment=round(second_moment(rewards, n, prior), 4), **lab.over_seeds(ends),
-                                accuracies=[end["accuracy"] for end in ends])
-        curves[key] = [[(row["step"], row["accuracy"]) for row in rows if "accuracy" in row] for rows in some]
-        print(f"N {n}, prior {prior}: E[(r − V̂*)²] {row['second_moment']:.3f}, accuracy {lab.pm(row['accuracy'])}, "
-              f"KL {lab.pm(row['kl'], 2)}")
+        table[key] = found = dict(second_moment=round(second_moment(rewards, n, prior), 4), **lab.over_seeds(ends),
+                                  accuracies=[end["accuracy"] for end in ends])
+        curves[key] = [[(row["step"], row["accuracy"]) for row in train.evaluated(rows)] for rows in some]
+        print(f"N {n}, prior {prior}: E[(r − V̂*)²] {found['second_moment']:.3f}, "
+              f"accuracy {lab.pm(found['accuracy'])}, KL {lab.pm(found['kl'], 2)}")
     lab.save(args.name, settings=dict(stage1=args.stage1, train=args.train, beta2=args.beta2, steps=args.steps,
                                       seeds=args.seeds), table=table, curves=curves)
     draw(args.name, curves)
@@ -50,8 +50,7 @@ def main():
 
 def second_moment(rewards, n, prior):
     """E[(r − V̂*)²] of π_ref's answers beyond the first SEEN, V̂* being made of the first n"""
-    average = estimate_vstar(rewards[:, :n].ravel(), BETA1)
-    vstar = estimate_vstar(np.pad(rewards[:, :n], [(0, 0), (0, prior)], constant_values=average), BETA1)
+    vstar = train.estimate_with_prior(rewards[:, :n], BETA1, prior)
     return float(((rewards[:, SEEN:] - vstar[:, None]) ** 2).mean())
 
 

@@ -106,7 +106,7 @@ def make_world(args):
 
 WAYS = {"full": ("apo", []), "lora16": ("apo", ["--lora=16", "--lr=1e-4"]),
         "grpo": ("grpo", ["--group=4", "--batch_size=8"]), "rebel": ("rebel", ["--batch_size=16", "--passes=1"]),
-        "ppo": ("ppo", ["--critic_lr=1e-4"])}
+        "ppo": ("ppo", [])}
 # what else might be chosen, one at a time; as many answers in all
 GRID = {"beta1=1": ["--beta1=1"], "beta1=inf": ["--beta1=inf"], "beta2=0.01": ["--beta2=0.01"],
         "lr=5e-6": ["--lr=5e-6"], "lr=2e-5": ["--lr=2e-5"],
