@@ -413,9 +413,13 @@ def make_parser(Objective):
     return parser
 
 
+def rate_of(args):
+    return args.lr or (5e-6 if args.lora else 1e-6)
+
+
 def parse_args(Objective):
     args = read_flags(make_parser(Objective), "train")
-    args.lr = args.lr or (5e-6 if args.lora else 1e-6)
+    args.lr = rate_of(args)
     if args.batch_size < args.minibatches:
         fail(f"--minibatches {args.minibatches} is more than --batch_size {args.batch_size}")
     if args.wandb and importlib.util.find_spec("wandb") is None:

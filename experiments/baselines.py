@@ -176,7 +176,7 @@ class PPO(Baseline):
 
     def networks(self, make):
         self.critic = make(Critic)
-        return [(self.critic, self.args.critic_lr or 10 * self.args.lr)]
+        return [(self.critic, self.args.critic_lr or 10 * train.rate_of(self.args))]
 
     @torch.no_grad()
     def given(self, run, samples):
