@@ -30,14 +30,12 @@ import train
 import vstar
 from tests.helpers import (
     HERE,
-    LONG,
     adapted,
     close,
     copy_rows,
     ends_in_one_line,
     evaluation,
     full_disk,
-    healthy,
     inside,
     kill,
     learns,
@@ -662,9 +660,8 @@ def test_stage1_rows(undisturbed):
     problems = {problem["id"]: problem for problem in read_jsonl(HERE / "tiny/train.jsonl")[:384]}
     assert [row["id"] for row in rows] == sorted(problems)
     for row in rows:
-        assert list(row) == ["id", "question", "answer", "prompt", "rewards", "vstar", "lengths", "finished",
-                             "responses"]
-        assert row["prompt"] == problems[row["id"]]["question"] and row["answer"] == problems[row["id"]]["answer"]
+        names = "id question answer prompt rewards vstar lengths finished responses"
+        assert list(row) == names.split() and row["prompt"] == problems[row["id"]]["question"]
         assert row["rewards"] == [rewards.reward(text, row["answer"], finished)
                                   for text, finished in zip(row["responses"], row["finished"])]
         assert len(row["rewards"]) == len(row["lengths"]) == 2
@@ -672,10 +669,8 @@ def test_stage1_rows(undisturbed):
         assert row["vstar"] == pytest.approx(by_hand)
     accuracy = np.mean([row["rewards"] for row in rows])
     assert 0.3 < accuracy < 0.5 and f"accuracy          {accuracy:.3f} ±" in done.stdout
-    saved = json.loads(out.with_suffix(".config.json").read_text())
-    assert saved["settings"]["model"] == "tiny/model" and saved["samples"] == 2
-    assert saved["settings"]["dtype"] == "float32" and saved["versions"]["torch"] == torch.__version__
-    assert out.with_suffix(".png").stat().st_size > 5000
+    settings = settings_in(out.with_suffix(".config.json"))
+    assert settings["model"] == "tiny/model" and settings["dtype"] == "float32"
     assert sorted(path.name for path in out.parent.iterdir()) == ["vstar.config.json", "vstar.jsonl", "vstar.png"]
 
 
@@ -726,23 +721,23 @@ def test_answers_are_kept_for_another_n(undisturbed, tmp_path):
 # from Stage 1 to Stage 2
 
 
-def stage1_of(rewards, folder, monkeypatch, **flags):
-    """What Stage 2 makes of a Stage 1 with these rewards, {id: its rewards}."""
+def read_stage1(rewards, folder, monkeypatch, *flags):
+    """What Stage 2 reads of a Stage 1 with these rewards, {id: its rewards}, and β1 = 1."""
     rows = [dict(id=name, rewards=numbers, vstar=0.0) for name, numbers in rewards.items()]
     monkeypatch.setattr(train, "read_rows", lambda path: rows)
-    monkeypatch.setattr(train, "fingerprint", lambda *_, **__: {})
+    monkeypatch.setattr(train, "fingerprint", lambda *_: {})
     settings = {**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "beta1": 1, "data": "d", "split": "train"}
-    (folder / "v.jsonl").write_text("")
-    count = min([2, *map(len, rewards.values())])
-    (folder / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=count)))
-    args = train.make_parser(train.APO).parse_args([f"--vstar={folder}/v.jsonl", *flags.pop("more", [])])
-    return train.read_stage1(args)[0]
+    config = dict(settings=settings, samples=len(rows[0]["rewards"]))
+    (folder / "v.config.json").write_text(json.dumps(config))
+    (folder / "v.jsonl").touch()
+    return train.read_stage1(train.make_parser(train.APO).parse_args([f"--vstar={folder}/v.jsonl", *flags]))[0]
 
 
 @pytest.mark.parametrize("choice,kept", [("none", "abc"), ("unsolved", "ab"), ("both", "a")])
 def test_filter(choice, kept, monkeypatch, tmp_path):
     """Prompts that were never solved, or always; and V̂* is computed again from as many rewards as are asked for."""
-    stage1 = lambda *more: stage1_of(dict(a=[0.0, 1], b=[1, 1], c=[0.0, 0.5]), tmp_path, monkeypatch, more=more)
+    answers = dict(a=[0.0, 1], b=[1, 1], c=[0.0, 0.5])
+    stage1 = lambda *flags: read_stage1(answers, tmp_path, monkeypatch, *flags)
     rows = stage1(f"--filter={choice}")
     assert "".join(row["id"] for row in rows) == kept
     assert rows[0]["vstar"] == pytest.approx(math.log((1 + math.e) / 2))  # β1 = 1, Stage 1's
@@ -758,7 +753,7 @@ def test_filter(choice, kept, monkeypatch, tmp_path):
 ])
 def test_prior_answers_of_the_average_prompt(beta1, prior, vstar_of_1, vstar_of_0, monkeypatch, tmp_path):
     answers = dict(a=[1.0], b=[0.0], c=[0.0], d=[0.0])
-    rows = stage1_of(answers, tmp_path, monkeypatch, more=[f"--beta1={beta1}", f"--prior={prior}"])
+    rows = read_stage1(answers, tmp_path, monkeypatch, f"--beta1={beta1}", f"--prior={prior}")
     assert [row["vstar"] for row in rows] == pytest.approx([vstar_of_1, *[vstar_of_0] * 3])
     assert rows[0]["rewards"] == [1.0]  # what was seen stays apart from it
 
@@ -773,16 +768,14 @@ def test_stage2_files(trained):
     rows = metrics(out)
     assert [row["step"] for row in rows] == list(range(7))
     assert [row["step"] for row in rows if "accuracy" in row] == [0, 2, 4, 6]
-    named = "loss reward vstar advantage kl entropy length finished unsolved grad_norm mismatch lr"
-    assert set(rows[1]) >= {*named.split()}
+    names = "loss reward vstar advantage kl entropy length finished unsolved grad_norm mismatch lr"
+    assert set(rows[1]) >= {*names.split()}
     assert rows[1]["kl"] == 0 and rows[1]["log_ratio_abs"] == 0  # the same code on the same tokens: exactly
     assert all(0 < row["mismatch"] < 1e-5 for row in rows[1:])  # and the sampler's own log-probs agree
-    assert rows[1]["loss"] == pytest.approx(rows[1]["advantage"] ** 2, abs=0.3) and rows[2]["log_ratio_abs"] > 0
     assert rows[1]["advantage"] == pytest.approx(rows[1]["reward"] - rows[1]["vstar"]) and rows[1]["lr"] == 3e-4
     assert sorted(path.name for path in (out / "checkpoint").iterdir()) == ["00000004", "00000006"]
     files = ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "samples"]
     assert sorted(path.name for path in out.iterdir()) == files
-    assert (out / "curves.png").stat().st_size > 10_000
     settings = settings_in(out / "config.json")
     assert settings["algorithm"] == "apo" and settings["model"] == "tiny/model" and settings["samples"] == 8
     for words in ("before  held-out accuracy", "after   held-out accuracy", "── step 3: ", "(95 %, 40 problems)"):
@@ -953,6 +946,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(trained, all_rows, tmp_path):
     assert metrics(tmp_path) == metrics(trained[0]) and weights(tmp_path) == weights(trained[0])
 
 
+def healthy(steps=60):
+    """Metrics of a run that goes well: 0.4 → 0.9."""
+    steady = dict(finished=1.0, unsolved=0.1)
+    return [dict(steady, step=i + 1, reward=0.9 - 0.5 * math.exp(-i / 15), length=20.0 + i / 10, kl=0.02 * i,
+                 log_ratio_abs=0.05 + 0.02 * i) for i in range(steps)]
+
+
 ILL = {
     "unsolved": lambda i: dict(unsolved=0.2),
     "still": lambda i: dict(log_ratio_abs=1e-4, kl=1e-5, reward=0.4),
@@ -1027,41 +1027,21 @@ def test_bootstrap_interval_covers(monkeypatch):
     assert evaluate.paired([0.0, 0.5], [1.0, 0.5])[0] == 0.5  # the gain of the second
 
 
-class TwoTokens(torch.nn.Module):
-    """A 'language model' that always gives EOS (token 0) with chance p, token 1 otherwise."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=2))
-        self._no_split_modules, self.dtype = [], torch.float32
-        self.table = torch.nn.Linear(1, 2, bias=False)
-        self.table.weight.data = torch.tensor([[math.log(p)], [math.log(1 - p)]])
-
-    def base_model(self, input_ids, use_cache):
-        return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
-
-    def get_output_embeddings(self):
-        return self.table
-
-    def forward(self, input_ids, use_cache):
-        return SimpleNamespace(logits=self.table(torch.ones(*input_ids.shape, 1)))
-
-
-@whole
-def test_kl_is_the_closed_form(monkeypatch):
-    """Completions of length 1 + Geometric(p): KL(p ‖ q) per completion = KL of one token / p; and 0 to itself."""
-    p, q, rng = 0.4, 0.7, np.random.default_rng(0)
-    written = [[1] * (length - 1) + [0] for length in rng.geometric(p, 10_000).tolist()]
-    rows = [dict(id=str(i), tokens=written[i * 20 : i * 20 + 20], finished=[True] * 20) for i in range(500)]
-    monkeypatch.setattr(evaluate, "load_model", lambda model, revision, dtype, device: TwoTokens(model))
-    args = some_args(model=p, reference=q, revision=None, dtype="float32", tokens_per_microbatch=4096)
-    prompts = {str(i): [1, 1] for i in range(500)}
-    one_token = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+def test_kl_is_the_mean_log_ratio_of_what_the_model_wrote(monkeypatch):
+    """Sums over the tokens of an answer, at the sampling temperature; and 0 to itself."""
+    prompts = {str(i): [1 + i % 10, 2] for i in range(40)}
+    texts = sampler_of(small_model(), 8, temperature=0.8).generate([*prompts.values()], 3, range(40))
+    rows = [dict(id=key, tokens=[copy.tokens for copy in copies]) for key, copies in zip(prompts, texts)]
+    monkeypatch.setattr(evaluate, "load_model", lambda seed, *_: small_model(seed=seed))
+    args = some_args(model=0, reference=1, revision=None, dtype="float32", temperature=0.8)
     found = evaluate.divergence(rows, prompts, args, "cpu")
-    assert found["kl_low"] < one_token / p < found["kl_high"]
-    assert found["kl"] == pytest.approx(one_token / p, rel=0.04)
-    assert found["kl_per_token"] == pytest.approx(one_token, rel=0.04)
-    args.reference = p
+    pairs = [(prompts[row["id"]], tokens) for row in rows for tokens in row["tokens"]]
+    ln = lambda seed: sum(naive_logps(small_model(seed=seed), *pair, 0.8).sum().item() for pair in pairs)
+    log_ratio = ln(0) - ln(1)
+    assert found["kl"] == pytest.approx(log_ratio / 120, rel=1e-4) and found["kl"] > 1
+    assert found["kl_per_token"] == pytest.approx(log_ratio / sum(len(tokens) for _, tokens in pairs), rel=1e-4)
+    assert found["kl_low"] < found["kl"] < found["kl_high"]
+    args.reference = 0
     assert evaluate.divergence(rows, prompts, args, "cpu")["kl"] == 0
 
 

@@ -301,10 +301,3 @@ def run_of(objective, policy, reference, optimizer=None):
 def sgd(policy, lr=1.0):
     """Plain gradient descent: at a rate of 1 the step is the gradient."""
     return torch.optim.SGD(policy.parameters(), lr)
-
-
-def healthy(steps=60):
-    """Metrics of a run that goes well: 0.4 → 0.9."""
-    steady = dict(finished=1.0, unsolved=0.1)
-    return [dict(steady, step=i + 1, reward=0.9 - 0.5 * math.exp(-i / 15), length=20.0 + i / 10, kl=0.02 * i,
-                 log_ratio_abs=0.05 + 0.02 * i) for i in range(steps)]

@@ -1,0 +1,321 @@
+"""Files appear whole, go on only with the settings that made them, and are refused in one line where they are broken."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rewards
+import train
+import vstar
+from tests.helpers import (
+    HERE,
+    copy_rows,
+    ends_in_one_line,
+    evaluation,
+    full_disk,
+    inside,
+    metrics,
+    own_reward,
+    read_jsonl,
+    refused,
+    settings_in,
+    small_model,
+    some_args,
+    some_samples,
+    stage1,
+    stage2,
+    whole,
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# whole or not at all
+
+
+def fill(path, text):
+    """A file, or a folder with a file in a folder."""
+    if path.suffix.startswith(".json"):
+        path.write_text(text)
+    else:
+        (path / "in").mkdir(parents=True)
+        (path / "in/file").write_text(text)
+
+
+def text_in(path):
+    return path.read_text() if path.is_file() else (path / "in/file").read_text()
+
+
+@pytest.mark.parametrize("name", ["file.jsonl", "folder"])
+def test_what_others_read_appears_whole(name, tmp_path, capsys, monkeypatch):
+    path, done, fsync, replace = tmp_path / name, [], os.fsync, os.replace
+    # in this order, or after a power cut the new name may stand before empty pages
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    with vstar.written_whole(path) as aside:
+        fill(aside, "one")
+        assert not path.exists()
+    assert text_in(path) == "one" and done == ["fsync", "replace"]
+
+    def stopped(error):
+        with vstar.written_whole(path) as aside:
+            fill(aside, "half")
+            raise error
+
+    for stop in (KeyboardInterrupt, SystemExit, RuntimeError):
+        with pytest.raises(stop):
+            stopped(stop())
+        assert text_in(path) == "one"
+        vstar.remove(path.with_name(name + ".tmp"))
+    full = OSError(28, "No space left on device")
+    ends_in_one_line(capsys, lambda: stopped(full), f"cannot write {path}: No space left", "Is the disk full?")
+    assert text_in(path) == "one" and os.listdir(tmp_path) == [name]
+    with vstar.written_whole(path, mine=False) as aside:  # another process's to rename
+        fill(aside, "two")
+    assert text_in(path) == "one"
+    with vstar.written_whole(path):
+        pass
+    assert text_in(path) == "two" and os.listdir(tmp_path) == [name]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# settings
+
+
+def test_guard_settings(tmp_path, capsys):
+    """A run goes on only with the settings that it was begun with, but for those that may change."""
+    made, config = tmp_path / "rows.jsonl", tmp_path / "rows.config.json"
+
+    def guard(algorithm="apo", **more):
+        flags = dict(model="m", samples=8, out=made, overwrite=False, decode_rows=1, engine="transformers", show=3)
+        args = SimpleNamespace(**flags | dict(revision=None) | more)
+        vstar.guard_settings(config, args, [made], ["show"], algorithm=algorithm)
+
+    guard()
+    saved = json.loads(config.read_text())
+    assert saved["settings"] == dict(model="m", samples=8, engine="transformers", revision=None, algorithm="apo")
+    assert saved["samples"] == 8  # those asked for last, also where they may change
+    assert set(saved["versions"]) == {"python", "torch", "transformers"}
+    made.write_text("rows")
+    guard(decode_rows=2, show=4, out=tmp_path)
+    changed = "--samples (was 8, now 4), algorithm (was apo, now ppo); --overwrite throws it away"
+    ends_in_one_line(capsys, lambda: guard("ppo", samples=4), f"{config}: the run was begun with other settings: "
+                     + changed)
+    ends_in_one_line(capsys, lambda: guard(new=1), "--new (was None, now 1)")  # a flag that there was not
+    config.write_text(json.dumps(dict(saved, settings=saved["settings"] | dict(gone=1))))
+    ends_in_one_line(capsys, guard, "gone (was 1, now None)")  # or is no more
+    for broken in ("{", "[]", json.dumps(saved["settings"]), '{"settings": 3}'):  # the third: an earlier version's
+        config.write_text(broken)
+        ends_in_one_line(capsys, guard, "rows.config.json", "--overwrite")
+    config.unlink()
+    ends_in_one_line(capsys, guard, "rows.jsonl exists without its rows.config.json", "--overwrite")
+    guard(overwrite=True, samples=4)
+    assert not made.exists() and settings_in(config)["samples"] == 4
+
+
+def test_out_spares_the_model_and_the_problems(tmp_path, capsys):
+    """A second round, whose --out is the first one's by default: π_ref lies in what would be thrown away."""
+    model, rows = tmp_path / "model", tmp_path / "metrics.jsonl"
+    model.mkdir()
+    rows.write_text("rows")
+    args = SimpleNamespace(model=str(model), overwrite=True, out="run")
+    guard = lambda: vstar.guard_settings(tmp_path / "config.json", args, [rows, model])
+    ends_in_one_line(capsys, guard, "--out run would take the place of --model", "give another")
+    args.model, args.data = "tiny/model", str(rows)  # nor one's own problems
+    ends_in_one_line(capsys, guard, "--out run would take the place of --data", "give another")
+    assert model.exists() and rows.exists()
+
+
+def test_what_stands_behind_the_names(tmp_path):
+    """The prints of a model, a reward and problems differ where the files' content does."""
+    seen = set()
+    for content in (b"one", b"two"):
+        for name in ("model.safetensors", "pytorch_model.bin", "tokenizer_config.json", "chat_template.jinja"):
+            (tmp_path / name).write_bytes(content)
+            seen.add(vstar.fingerprint(tmp_path)["model's files"])
+    assert len(seen) == 8
+    named = lambda line: vstar.fingerprint("tiny/model", reward=own_reward(tmp_path, line))
+    assert named("return 1") != named("return 0") and vstar.fingerprint("tiny/model")["reward's file"] is None
+    problem = dict(id="1", prompt="a", answer="1", target=1, tokens=[1])
+    target, dated = dict(problem, target=2), dict(problem, prompt="on Monday: a")
+    for chat in (False, True):  # a chat template may tell the date
+        first, same, other, later = (vstar.hash_of([one], chat) for one in (problem, dict(problem), target, dated))
+        assert first == same != other and (first == later) == chat
+
+
+@whole
+def test_what_stands_behind_the_names_may_not_change(tmp_path):
+    """A model trained anew in the same folder, or an edited file of problems: old rows are not taken for theirs."""
+    shutil.copytree(HERE / "tiny/model", tmp_path / "model")
+    data, out = tmp_path / "data.jsonl", tmp_path / "v.jsonl"
+    data.write_text("".join((HERE / "tiny/train.jsonl").read_text().splitlines(keepends=True)[:4]))
+    command = stage1(out, f"--model={tmp_path}/model", f"--data={data}")
+    inside(*command)
+    before, text = out.read_bytes(), data.read_text()
+    refused(inside(*command, "--seed=4", "--beta1=1", check=False), "was begun with other settings: "
+            "--beta1 (was 0.5, now 1.0), --seed (was 0, now 4); --overwrite throws it away")
+    data.write_text(text.replace('"answer": "', '"answer": "1', 1))
+    refused(inside(*command, check=False), "data's problems (was", "--overwrite")
+    data.write_text(text)
+    path = tmp_path / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3000] + bytes(3000))
+    refused(inside(*command, check=False), "model's files (was", "--overwrite")
+    refused(inside(*stage2(out, tmp_path / "run"), check=False), "files changed since Stage 1", "vstar.py")
+    assert out.read_bytes() == before
+
+
+@whole
+@pytest.mark.parametrize("more,words", [
+    (["--lr=1e-3", "--beta2=0.5"], ["--lr (was 0.0003, now 0.001)", "--beta2 (was 0.1, now 0.5)", "--overwrite"]),
+    (["--beta1=2"], ["--beta1 (was 0.5, now 2.0)"]),
+    (["--lora=4"], ["--lora (was None, now 4)"]),
+    (["--samples=4"], ["--samples (was 8, now 4)"]),
+    (["--samples=9"], ["8 answers per prompt, not --samples 9"]),
+    (["--eval_data=nowhere.jsonl"], ["nowhere.jsonl"]),
+    (["--eval_data=tiny/train.jsonl"], ["eval_data's problems (was"]),  # accuracy before and after is of the same
+    (["--steps=4"], ["is at step 6 already, beyond --steps 4"]),
+])
+def test_stage2_refuses(more, words, trained, all_rows):
+    refused(inside(*stage2(all_rows, trained[0], *more), check=False), *words)
+
+
+@whole
+def test_an_evaluation_resumes_only_with_its_settings(tmp_path):
+    """All but what is shown, and --reference where the tokens were kept."""
+    command = lambda *more: evaluation(tmp_path, "--limit=8", "--samples=2", *more)
+    inside(*command("--reference=tiny/model"))
+    refused(inside(*command("--reference=tiny/model", "--temperature=0.5"), check=False),
+            "--temperature (was 1.0, now 0.5)")
+    refused(inside(*command(), check=False), " keeps_tokens (was True, now False)")
+    inside(*command("--reference=tiny/model", "--show=1", "--tokens_per_microbatch=99"))
+    (path,) = tmp_path.glob("*test.jsonl.jsonl")
+    path.write_text(path.read_text()[:-40])
+    refused(inside(*command("--reference=tiny/model"), check=False), path.name, "line 8", "remove this line")
+
+
+def test_a_stage1_of_an_earlier_version_is_refused(tmp_path, capsys):
+    """Nothing that stood under another name is misread, or taken for a default."""
+    args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl"])
+    (tmp_path / "v.jsonl").write_text("")
+    settings = {**dict.fromkeys(train.FROM_STAGE1), "beta1": 0.5}
+    missing = {key: value for key, value in settings.items() if key != "temperature"}
+    for old in (dict(settings=settings), dict(settings=missing, samples=8), settings):
+        (tmp_path / "v.config.json").write_text(json.dumps(old))
+        ends_in_one_line(capsys, lambda: train.read_stage1(args), "v.config.json", "run it again")
+    (tmp_path / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=8)))
+    ends_in_one_line(capsys, lambda: train.read_stage1(args), "v.jsonl: no rows in it", "--overwrite")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def test_a_restart_finds_the_last_whole_checkpoint_and_its_rows(tmp_path):
+    for name in ("00000002", "00000004", "00000006.tmp", "notes"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+    assert train.last_checkpoint(tmp_path) == 4 and train.last_checkpoint(tmp_path / "new") == 0
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["00000002", "00000004", "notes"]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in range(7)) + '{"step"')
+    assert [row["step"] for row in train.read_metrics(path, 4)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(path)] == [0, 1, 2, 3, 4]
+    assert train.read_metrics(path, 0) == [] and path.read_text() == ""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_holds_weights_and_moments(tmp_path):
+    """Two steps, with the first's state loaded in between by another run, end where two steps of one run do."""
+    def begin(seed):
+        policy = train.Policy(small_model(seed=seed))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+        args, trained = some_args(out=tmp_path), torch.nn.ModuleList([policy])
+        return train.Run(args, train.APO(args), None, policy, None, trained, optimizer, None, "cpu")
+
+    def step(run):
+        _, ids, mask = next(train.microbatches(some_samples(4), some_args(), "cpu"))
+        run.policy(input_ids=ids, mask=mask).square().sum().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    one, other = begin(0), begin(1)
+    step(one)
+    train.save_checkpoint(one, 1)
+    step(one)
+    train.load_checkpoint(other, 1)
+    step(other)
+    assert all(a.equal(b) for a, b in zip(one.policy.parameters(), other.policy.parameters()))
+    for number in (2, 3):
+        train.save_checkpoint(one, number)
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["00000002", "00000003"]  # the two newest
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what is broken: one clear line, and nothing is lost
+
+
+@whole
+def test_broken_files_of_stage1(tmp_path):
+    model = shutil.copytree(HERE / "tiny/model", tmp_path / "model")
+    command = stage1(tmp_path / "m.jsonl", f"--model={model}", "--limit=4")
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    refused(inside(*command, check=False), str(model), alone=False)
+    path.write_bytes(b"")
+    refused(inside(*command, check=False), "model.safetensors is empty")
+    path.unlink()
+    refused(inside(*evaluation(tmp_path / "o", models=[model]), check=False), str(model), "model.safetensors")
+    shutil.copy(HERE / "tiny/model/model.safetensors", path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    refused(inside(*command, "--overwrite", check=False), "tokenizer")
+    refused(inside(*stage1("/proc/out/vstar.jsonl"), check=False), "/proc/out")  # nobody may write there
+    with full_disk(kilobytes=10):
+        done = inside(*stage1(tmp_path / "full.jsonl", "--limit=128"), check=False)
+    refused(done, "cannot write", ".jsonl: File too large", alone=False)
+
+
+@whole
+def test_a_torn_part_of_stage1(tmp_path):
+    out, torn = tmp_path / "p.jsonl", tmp_path / "p.parts/1.jsonl"
+    inside(*stage1(out, "--limit=4"))
+    before = out.read_bytes()
+    out.unlink()
+    torn.parent.mkdir()
+    torn.write_text("{}")
+    refused(inside(*stage1(out, "--limit=4"), check=False), "1.jsonl, line 1", "remove this line")
+    torn.unlink()
+    inside(*stage1(out, "--limit=4"))
+    assert out.read_bytes() == before
+
+
+@whole
+def test_broken_files_of_stage2(trained, all_rows, tmp_path):
+    lines = all_rows.read_text().splitlines()
+    broken = copy_rows(all_rows, tmp_path / "vstar.jsonl", [*lines[:500], lines[500][:40], *lines[501:]])
+    refused(inside(*stage2(broken, tmp_path / "r"), check=False), "vstar.jsonl", "line 501")
+    broken.write_bytes(broken.read_bytes().replace(lines[500][:40].encode(), b"\xff" + lines[500].encode()))
+    refused(inside(*stage2(broken, tmp_path / "r"), check=False), "vstar.jsonl", "line 501")
+
+    out = shutil.copytree(trained[0], tmp_path / "torn")
+    for shard in (out / "checkpoint/00000006").glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:1000])
+    done = inside(*stage2(all_rows, out, "--steps=8"), check=False)
+    refused(done, "00000006", "cannot be read (EOFError()", alone=False)
+    assert (out / "checkpoint/00000004").is_dir()
+
+    out = shutil.copytree(trained[0], tmp_path / "metrics")
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join([*rows[:3], "\x00" * 9, *rows[4:]]) + "\n")
+    assert "line 4: not readable" in inside(*stage2(all_rows, out)).stdout
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 4, 5, 6]  # one is lost, and no other
+
+
+@whole
+def test_rewards_that_are_not_finite_stop_the_run(all_rows, tmp_path):
+    rows = read_jsonl(all_rows)[:24]
+    rows[5]["rewards"] = [float("nan")] * 8
+    path = copy_rows(all_rows, tmp_path / "v.jsonl", map(json.dumps, rows))
+    done = inside(*stage2(path, tmp_path / "run"), check=False)
+    refused(done, f"error: the loss of {rows[5]['id']} is not finite", alone=False)
