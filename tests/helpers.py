@@ -6,7 +6,6 @@ pytest loads this file as a plugin (.pytest.ini), so that its fixtures are there
 import importlib
 import io
 import json
-import math
 import os
 import random
 import resource

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import rewards
 import train
 import vstar
 from tests.helpers import (
@@ -23,9 +22,6 @@ from tests.helpers import (
     read_jsonl,
     refused,
     settings_in,
-    small_model,
-    some_args,
-    some_samples,
     stage1,
     stage2,
     whole,
@@ -35,49 +31,35 @@ from tests.helpers import (
 # whole or not at all
 
 
-def fill(path, text):
-    """A file, or a folder with a file in a folder."""
-    if path.suffix.startswith(".json"):
-        path.write_text(text)
-    else:
-        (path / "in").mkdir(parents=True)
-        (path / "in/file").write_text(text)
-
-
-def text_in(path):
-    return path.read_text() if path.is_file() else (path / "in/file").read_text()
-
-
 @pytest.mark.parametrize("name", ["file.jsonl", "folder"])
 def test_what_others_read_appears_whole(name, tmp_path, capsys, monkeypatch):
     path, done, fsync, replace = tmp_path / name, [], os.fsync, os.replace
+    inner = "in/file" if name == "folder" else ""
     # in this order, or after a power cut the new name may stand before empty pages
     monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
-    with vstar.written_whole(path) as aside:
-        fill(aside, "one")
-        assert not path.exists()
-    assert text_in(path) == "one" and done == ["fsync", "replace"]
 
-    def stopped(error):
-        with vstar.written_whole(path) as aside:
-            fill(aside, "half")
-            raise error
+    def write(text, error=None, **more):
+        with vstar.written_whole(path, **more) as aside:
+            (aside / inner).parent.mkdir(parents=True, exist_ok=True)
+            (aside / inner).write_text(text)
+            if error:
+                raise error
 
+    write("one")
+    assert (path / inner).read_text() == "one" and done == ["fsync", "replace"]
     for stop in (KeyboardInterrupt, SystemExit, RuntimeError):
         with pytest.raises(stop):
-            stopped(stop())
-        assert text_in(path) == "one"
-        vstar.remove(path.with_name(name + ".tmp"))
+            write("half", stop())
+        assert (path / inner).read_text() == "one"
     full = OSError(28, "No space left on device")
-    ends_in_one_line(capsys, lambda: stopped(full), f"cannot write {path}: No space left", "Is the disk full?")
-    assert text_in(path) == "one" and os.listdir(tmp_path) == [name]
-    with vstar.written_whole(path, mine=False) as aside:  # another process's to rename
-        fill(aside, "two")
-    assert text_in(path) == "one"
+    ends_in_one_line(capsys, lambda: write("half", full), f"cannot write {path}: No space left", "Is the disk full?")
+    assert (path / inner).read_text() == "one" and os.listdir(tmp_path) == [name]
+    write("two", mine=False)  # another process's to rename
+    assert (path / inner).read_text() == "one"
     with vstar.written_whole(path):
         pass
-    assert text_in(path) == "two" and os.listdir(tmp_path) == [name]
+    assert (path / inner).read_text() == "two" and os.listdir(tmp_path) == [name]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -96,8 +78,7 @@ def test_guard_settings(tmp_path, capsys):
     guard()
     saved = json.loads(config.read_text())
     assert saved["settings"] == dict(model="m", samples=8, engine="transformers", revision=None, algorithm="apo")
-    assert saved["samples"] == 8  # those asked for last, also where they may change
-    assert set(saved["versions"]) == {"python", "torch", "transformers"}
+    assert saved["samples"] == 8 and saved["versions"]["torch"] == torch.__version__
     made.write_text("rows")
     guard(decode_rows=2, show=4, out=tmp_path)
     changed = "--samples (was 8, now 4), algorithm (was apo, now ppo); --overwrite throws it away"
@@ -222,33 +203,6 @@ def test_a_restart_finds_the_last_whole_checkpoint_and_its_rows(tmp_path):
     assert [row["step"] for row in train.read_metrics(path, 4)] == [0, 1, 2, 3, 4]
     assert [row["step"] for row in read_jsonl(path)] == [0, 1, 2, 3, 4]
     assert train.read_metrics(path, 0) == [] and path.read_text() == ""
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_holds_weights_and_moments(tmp_path):
-    """Two steps, with the first's state loaded in between by another run, end where two steps of one run do."""
-    def begin(seed):
-        policy = train.Policy(small_model(seed=seed))
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-        args, trained = some_args(out=tmp_path), torch.nn.ModuleList([policy])
-        return train.Run(args, train.APO(args), None, policy, None, trained, optimizer, None, "cpu")
-
-    def step(run):
-        _, ids, mask = next(train.microbatches(some_samples(4), some_args(), "cpu"))
-        run.policy(input_ids=ids, mask=mask).square().sum().backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-
-    one, other = begin(0), begin(1)
-    step(one)
-    train.save_checkpoint(one, 1)
-    step(one)
-    train.load_checkpoint(other, 1)
-    step(other)
-    assert all(a.equal(b) for a, b in zip(one.policy.parameters(), other.policy.parameters()))
-    for number in (2, 3):
-        train.save_checkpoint(one, number)
-    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["00000002", "00000003"]  # the two newest
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import math
 import os
 import platform
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 import evaluate
-import rewards
 import train
 import vstar
 from tests.helpers import (
@@ -134,14 +134,11 @@ def test_recipes(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *more])
         args = train.parse_args(train.APO)
         assert (args.steps, args.lr, args.overwrite) == (120, 3e-4, bool(more))
+    for flags, lr in (([], 1e-6), (["--lora=8"], 5e-6), (["--lora=8", "--lr=1e-4"], 1e-4)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--beta2=0.1", *flags])
+        assert train.parse_args(train.APO).lr == lr
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     assert vstar.read_flags(evaluate.make_parser(), "evaluate").samples == 8
-
-
-@pytest.mark.parametrize("flags,lr", [([], 1e-6), (["--lora=8"], 5e-6), (["--lora=8", "--lr=1e-4"], 1e-4)])
-def test_the_default_learning_rate(flags, lr, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--beta2=0.1", *flags])
-    assert train.parse_args(train.APO).lr == lr
 
 
 @pytest.mark.parametrize("data,split,held_out", [
@@ -149,12 +146,11 @@ def test_the_default_learning_rate(flags, lr, monkeypatch):
     ("math", "test", None),  # it is trained on
 ])
 def test_the_default_held_out_problems(data, split, held_out, monkeypatch, tmp_path):
-    args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl"])
+    monkeypatch.setattr(train, "fingerprint", lambda *_: {})
     settings = {**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "beta1": 1, "data": data, "split": split}
-    args.vstar.write_text("")
-    args.vstar.with_suffix(".config.json").write_text(rewards.json.dumps(dict(settings=settings, samples=1)))
-    monkeypatch.setattr(train, "read_rows", lambda path: [dict(id="a", rewards=[0.0], vstar=0.0)])
-    monkeypatch.setattr(train, "fingerprint", lambda *_, **__: {})
+    (tmp_path / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=1)))
+    (tmp_path / "v.jsonl").write_text(json.dumps(dict(id="a", rewards=[0.0], vstar=0.0)))
+    args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl"])
     train.read_stage1(args)
     assert args.eval_data == held_out
 

@@ -6,25 +6,20 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
 import evaluate
-import rewards
 import train
 import vstar
 from tests.helpers import (
-    HERE,
-    ends_in_one_line,
     evaluation,
     inside,
     long,
     metrics,
     own_reward,
     read_jsonl,
-    run,
     sampler_of,
     small_model,
     some_args,
@@ -62,15 +57,15 @@ class Counter:
         self.asked = []
 
     def stream(self, chunks, n):
-        self.asked += [(len(prompts), first) for prompts, _, first in chunks]
         for index, (prompts, _, first) in enumerate(chunks):
+            self.asked.append((len(prompts), first))
             yield index, [[Completion(prompt, True, [])] * (n - first) for prompt in prompts]
 
     def close(self):
         pass
 
 
-@pytest.mark.parametrize("n,chunks", [(8, [32] * 3 + [4]), (1, [100]), pytest.param(300, [1] * 100, marks=whole)])
+@pytest.mark.parametrize("n,chunks", [(8, [32] * 3 + [4]), (1, [100]), (300, [1] * 100)])
 def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     """--decode_rows of them; and each process has work, where there are fewer chunks than processes."""
     sampler, exist = Counter(), vstar.answered
@@ -79,36 +74,32 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     args = some_args(samples=n, decode_rows=256, out=tmp_path / "v.jsonl", seed=0)
     tokenizer = SimpleNamespace(decode=lambda tokens, **_: f"\\boxed{{{tokens[0]}}}")
     problems = [dict(id=f"{i:03d}", question="", answer=str(i // 2 * 2), tokens=[i]) for i in range(100)]
-    ids = [problem["id"] for problem in problems]
-    sample_all = lambda: vstar.sample_all(args, problems, tokenizer, [0], "cpu")
 
-    sample_all()
-    assert sampler.asked == [(size, 0) for size in chunks]
-    assert [row["id"] for row in read_jsonl(args.out)] == ids
+    def sample_all(samples):
+        args.samples, sampler.asked = samples, []
+        vstar.sample_all(args, problems, tokenizer, [0], "cpu")
+        return sampler.asked
+
+    assert sample_all(n) == [(size, 0) for size in chunks]
     assert [row["rewards"] for row in read_jsonl(args.out)] == [[1.0] * n, [0.0] * n] * 50  # each has its own
-
-    args.samples, sampler.asked = n + 8, []
-    sample_all()  # the 8 that are new
-    assert sampler.asked == [(32, n)] * 3 + [(4, n)]
-    assert {len(row["rewards"]) for row in read_jsonl(args.out)} == {n + 8}
-    lists = ("rewards", "lengths", "responses")
-    assert {len(row[key]) for row in vstar.read_rows(args.out, n) for key in lists} == {n}
-
-    args.samples = n + 9
+    assert sample_all(n + 8) == [(32, n)] * 3 + [(4, n)]  # the 8 that are new
+    assert {len(row["responses"]) for row in read_jsonl(args.out)} == {n + 8}
+    assert {len(row["responses"]) for row in vstar.read_rows(args.out, n)} == {n}
     monkeypatch.setattr(vstar, "answered", lambda out: {})  # as if other nodes' files did not appear here
     with pytest.raises(SystemExit):
-        sample_all()
+        sample_all(n + 9)
     assert list(tmp_path.glob("v.parts/*.jsonl")) and len(read_jsonl(args.out)) == 100
 
     # all of eight processes read what exists before one writes; the first merges in the end
-    args.samples, args.out, sampler.asked, reads = n, tmp_path / "w.jsonl", [], []
+    args.out, reads, asked = tmp_path / "w.jsonl", [], []
     monkeypatch.setattr(vstar, "remove", lambda path: None)
     monkeypatch.setattr(vstar, "answered", lambda out: reads.append(out) or (exist(out) if len(reads) == 9 else {}))
     monkeypatch.setattr(vstar, "WORLD", 8)
     for rank in reversed(range(8)):
         monkeypatch.setattr(vstar, "RANK", rank)
-        sample_all()
-    assert len(sampler.asked) >= 8 and min(size for size, _ in sampler.asked) >= (9 if n == 1 else 1)
+        asked += sample_all(n)
+    assert len(asked) >= 8 and min(size for size, _ in asked) >= (9 if n == 1 else 1)
+    ids = [problem["id"] for problem in problems]
     assert [row["id"] for row in read_jsonl(args.out)] == ids  # not as the parts lie there
 
 
@@ -128,29 +119,21 @@ def test_summary_warns():
     assert "warning" not in text
     assert "no right answer" in vstar.summary([row_of([0.0] * 8)] * 19 + mixed[8:9], 0.5)
     assert "cut off" in vstar.summary([row_of(row["rewards"], False) for row in mixed], 0.5)
-    one = vstar.summary([row_of(row["rewards"][:1]) for row in mixed], 0.5)
-    assert "warning" not in one and "nan" not in one  # of its own scatter one answer says nothing
+    assert "nan" not in vstar.summary([row_of(row["rewards"][:1]) for row in mixed], 0.5)
 
 
-def test_summary_shows_wrong_answers():
-    """Where all are wrong: some, spread over the problems, as the checker reads them."""
-    texts = lambda i: ["cut"] + [r"so \boxed{see )(}" if i else "so 3"] * 7
-    rows = [dict(row_of([0.0] * 8), id=str(i), answer=r"\frac12", responses=texts(i)) for i in range(31)]
+def test_wrong_answers_are_shown():
+    """Where all are wrong: some, spread over the problems, as the checker reads them; what they hold is escaped."""
+    texts = ["cut", "so 3", "so \\boxed{see )(}\x1b"]
+    rows = [row_of([0.0] * 3, id=str(i), answer="\x1b", responses=texts[:2] if i else texts[::2]) for i in range(31)]
     for row in rows:
-        row["finished"] = [False] + [True] * 7
+        row["finished"] = [False, True, True]
     shown = vstar.summary(rows, 0.5).split("── ")[1:]
     assert [text.split(",")[0] for text in shown] == ["0", "10", "20"]
-    assert r"no \boxed{} and no ####" in shown[0] and "'see)(' it is words; the gold" in shown[1]
-    assert "so 3" in shown[0] and "cut" not in shown[0]
+    assert "it is words" in shown[0] and r"no \boxed{} and no ####" in shown[1] and "so 3" in shown[1]
+    assert not any("\x1b" in text or "cut" in text for text in shown)
     shown = vstar.summary(rows, 0.5, own="mine.py:judge")
     assert shown.count("read by mine.py:judge") == 3 and "####" not in shown
-
-
-def test_what_a_data_set_wrote_is_printed_escaped(capsys):
-    ends_in_one_line(capsys, lambda: rewards.fail("problem \x1b[31m7"), "problem �[31m7")
-    row = dict(id="\x1b[2J", answer="\x1b", responses=["\x1b"], finished=[1], rewards=[0])
-    (shown,) = vstar.wrong_answers([row], 1)
-    assert "\x1b" not in shown and "�[2J" in shown
 
 
 def test_what_is_shown_of_a_step(tmp_path):
@@ -159,10 +142,9 @@ def test_what_is_shown_of_a_step(tmp_path):
     log = object.__new__(train.Log)
     log.args, log.bar, log.told, log.history, log.zero_one = args, mock.MagicMock(), set(), [], True
     log.run = SimpleNamespace(objective=train.APO(args))
-    rows = [dict(id=name, prompt=f"{name}=", answer="7", vstar=vstar, rewards=[0.0, 1.0])
-            for name, vstar in (("a", 0.25), ("b", 0.5))]
-    samples = [train.Sample(rows[0], Completion([1, 2], True, [-1.0, -0.5]), "seven", 1.0, 0),
-               train.Sample(rows[1], Completion([3], False, [-2.0]), "eight", 0.0, 1)]
+    rows = [dict(id=name, prompt=f"{name}=", answer="7", rewards=[0.0, 1.0]) for name in "ab"]
+    samples = [train.Sample(rows[0] | dict(vstar=0.25), Completion([1, 2], True, [-1.0, -0.5]), "seven", 1.0, 0),
+               train.Sample(rows[1] | dict(vstar=0.5), Completion([3], False, [-2.0]), "eight", 0.0, 1)]
     given = dict(ref_logp=torch.tensor([[-2.0, -0.75], [-1.5, 0.0]]))
     show = lambda step, samples: log.show(dict(step=step, reward=0.5, kl=0.0, tokens_per_second=9), samples, given)
     for step in (1, 2, 3):
@@ -177,9 +159,6 @@ def test_what_is_shown_of_a_step(tmp_path):
     show(4, samples[1:])
     assert "── reward 0; V̂* 0.50, advantage -0.50" in log.bar.write.call_args[0][0] and log.zero_one
     show(5, [samples[0]._replace(reward=0.5)])
-    assert not log.zero_one
-    log.zero_one, rows[0]["rewards"] = True, [0.0, 5.0]  # in Stage 1 there were others
-    show(6, samples)
     assert not log.zero_one
 
 
@@ -202,11 +181,11 @@ def test_wandb_gets_every_row(all_rows, tmp_path, monkeypatch):
 
 def test_any_float_is_a_reward():
     """At least 1 is right; V̂* and comparisons take the number."""
-    rows = [row_of([2.0, 0.5], id="a", responses=["\\boxed{1}", "\\boxed{2}"]),
-            row_of([-1.0, 0.0], id="b", responses=["\\boxed{1}", "\\boxed{2}"])]
+    boxes = ["\\boxed{1}", "\\boxed{2}"]
+    rows = [row_of([2.0, 0.5], responses=boxes), row_of([-1.0, 0.0], responses=boxes)]
     text = vstar.summary(rows, 1.0)
     assert "accuracy          0.250" in text and "reward            0.375" in text
-    assert "0/2 right         50.0%" in text and vstar.pass_at_k([[2.0, 0.5]], 1).tolist() == [0.5]
+    assert "0/2 right         50.0%" in text
     found = evaluate.measure(rows)
     assert (found["accuracy"], found["majority"], found["pass"][2]) == (0.25, 0.5, 0.5)
     found = evaluate.measure(rows, "mine.py:judge")  # whose answers may agree in ways that the checker does not see
@@ -264,10 +243,8 @@ def test_ones_own_task_end_to_end(tmp_path):
 def test_a_greedy_evaluation_of_two_files(tmp_path):
     same_name = tmp_path / "test.jsonl"
     same_name.write_text(json.dumps(dict(question="2+2=", answer="4")))
-    more = ["--temperature=0", "--samples=1", "--limit=32", "--data", "tiny/test.jsonl", same_name]
+    more = ["--temperature=0", "--samples=1", "--limit=8", "--data", "tiny/test.jsonl", same_name]
     output = inside(*evaluation(tmp_path, *more)).stdout
-    found, other = json.loads((tmp_path / "results.json").read_text())["tiny/model"].values()
-    assert found["n"] == 1 and found["finished"] == 1.0 and (found["problems"], other["problems"]) == (32, 1)
     assert "\ntiny/test.jsonl  tiny/model " in output and f"\n{same_name}  tiny/model " in output  # not twice 'test'
 
 

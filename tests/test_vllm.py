@@ -1,5 +1,6 @@
 """The real vLLM, where it can run."""
 
+import json
 import os
 from types import SimpleNamespace
 from unittest import mock
@@ -167,7 +168,7 @@ def test_vllm_trains_like_transformers(engine, all_rows, tmp_path, ranks):
         # the finished model loads in vLLM as it is
         model = ["evaluate.py", f"--model={tmp_path}/v/model", "--data=tiny/test.jsonl", "--limit=256", *TINY[2:-1]]
         run(*model, "--engine=vllm", f"--out={tmp_path}/e")
-        (again,) = rewards.json.loads((tmp_path / "e/results.json").read_text()).values()
+        (again,) = json.loads((tmp_path / "e/results.json").read_text()).values()
         assert abs(again["tiny/test.jsonl"]["accuracy"] - rows[-1]["accuracy"]) < 0.12
 
 
