@@ -1,4 +1,5 @@
-"""What the tests share: commands, what a command leaves behind, files that are made once, small models and samples.
+"""What the tests share: commands, what a command leaves behind, files that are made once, small models and
+samples.
 
 pytest loads this file as a plugin (.pytest.ini), so that its fixtures are there for all tests of the project.
 """
@@ -34,7 +35,8 @@ LONG = bool(os.environ.get("LONG"))  # more kills, more steps
 TINY = ["--model=tiny/model", "--data=tiny/train.jsonl", "--prompt={question}", "--max_new_tokens=64"]
 TINY += ["--engine=transformers"]
 
-# one thread a process: for so small a model as quick as two, and ten times quicker where the cores have other work
+# one thread a process: for so small a model as quick as two, and ten times quicker where the cores have
+# other work
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -48,6 +50,11 @@ whole = pytest.mark.whole  # starts processes, runs a stage, or takes seconds
 def long(test):
     """Not in the plain `pytest`. It is `whole` as well, because a -m of one's own replaces .pytest.ini's."""
     return pytest.mark.long(whole(test))
+
+
+def long_value(value):
+    """Of a parameter: the test with it is long."""
+    return pytest.param(value, marks=[pytest.mark.long, whole])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -77,7 +84,8 @@ def evaluation(out, *more, models=("tiny/model",)):
 def run(*command, check=True, **env):
     """A script as a user runs it."""
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=HERE, text=True, capture_output=True, env={**os.environ, **env})
+    done = subprocess.run(command, cwd=HERE, text=True,
+                          capture_output=True, env={**os.environ, **env})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -245,7 +253,8 @@ def tiny_model():
 
 
 def small_model(vocabulary=11, kind="Qwen2", seed=0, hidden=32, layers=2):
-    """A random model of a few thousand parameters; scaled up, so that its distribution is far from uniform."""
+    """A random model of a few thousand parameters; scaled up, so that its distribution is far from
+    uniform."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=vocabulary, bos_token_id=None, eos_token_id=0, pad_token_id=0)
     if kind == "GPT2":
@@ -279,8 +288,11 @@ def some_samples(count, seed=0, vocabulary=11):
     samples = []
     for i in range(count):
         prompt = [rng.randrange(vocabulary) for _ in range(rng.randint(1, 9))]
-        tokens = [rng.randrange(1, vocabulary) for _ in range(rng.randint(0, 12))] + [0]  # EOS, which also pads
-        problem = dict(id=str(i), tokens=prompt, vstar=rng.random(), rewards=[1.0])
+        # EOS, which also pads
+        tokens = [rng.randrange(1, vocabulary)
+                  for _ in range(rng.randint(0, 12))] + [0]
+        problem = dict(id=str(i), tokens=prompt,
+                       vstar=rng.random(), rewards=[1.0])
         completion = Completion(tokens, True, [-1.0] * len(tokens))
         samples.append(train.Sample(problem, completion, "", float(rng.random() < 0.5), i))
     return samples
@@ -294,7 +306,8 @@ def some_args(**more):
 
 def run_of(objective, policy, reference, optimizer=None):
     """What an update needs of a run."""
-    return train.Run(objective.args, objective, None, policy, reference, None, optimizer, None, torch.device("cpu"))
+    return train.Run(objective.args, objective, None, policy,
+                     reference, None, optimizer, None, torch.device("cpu"))
 
 
 def sgd(policy, lr=1.0):

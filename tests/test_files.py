@@ -1,4 +1,5 @@
-"""Files appear whole, go on only with the settings that made them, and are refused in one line where they are broken."""
+"""Files appear whole, go on only with the settings that made them, and are refused in one line where they
+are broken."""
 
 import json
 import os
@@ -52,8 +53,8 @@ def test_what_others_read_appears_whole(name, tmp_path, capsys, monkeypatch):
         with pytest.raises(stop):
             write("half", stop())
         assert (path / inner).read_text() == "one"
-    full = OSError(28, "No space left on device")
-    ends_in_one_line(capsys, lambda: write("half", full), f"cannot write {path}: No space left", "Is the disk full?")
+    full = lambda: write("half", OSError(28, "No space left on device"))
+    ends_in_one_line(capsys, full, f"cannot write {path}: No space left", "Is the disk full?")
     assert (path / inner).read_text() == "one" and os.listdir(tmp_path) == [name]
     write("two", mine=False)  # another process's to rename
     assert (path / inner).read_text() == "one"
@@ -71,23 +72,26 @@ def test_guard_settings(tmp_path, capsys):
     made, config = tmp_path / "rows.jsonl", tmp_path / "rows.config.json"
 
     def guard(algorithm="apo", **more):
-        flags = dict(model="m", samples=8, out=made, overwrite=False, decode_rows=1, engine="transformers", show=3)
-        args = SimpleNamespace(**flags | dict(revision=None) | more)
+        flags = dict(model="m", samples=8, engine="transformers", revision=None)
+        flags |= dict(out=made, overwrite=False, decode_rows=1, show=3)
+        args = SimpleNamespace(**flags | more)
         vstar.guard_settings(config, args, [made], ["show"], algorithm=algorithm)
 
     guard()
     saved = json.loads(config.read_text())
-    assert saved["settings"] == dict(model="m", samples=8, engine="transformers", revision=None, algorithm="apo")
+    kept = dict(model="m", samples=8, engine="transformers", revision=None, algorithm="apo")
+    assert saved["settings"] == kept
     assert saved["samples"] == 8 and saved["versions"]["torch"] == torch.__version__
     made.write_text("rows")
     guard(decode_rows=2, show=4, out=tmp_path)
     changed = "--samples (was 8, now 4), algorithm (was apo, now ppo); --overwrite throws it away"
-    ends_in_one_line(capsys, lambda: guard("ppo", samples=4), f"{config}: the run was begun with other settings: "
-                     + changed)
+    others = f"{config}: the run was begun with other settings: {changed}"
+    ends_in_one_line(capsys, lambda: guard("ppo", samples=4), others)
     ends_in_one_line(capsys, lambda: guard(new=1), "--new (was None, now 1)")  # a flag that there was not
     config.write_text(json.dumps(dict(saved, settings=saved["settings"] | dict(gone=1))))
     ends_in_one_line(capsys, guard, "gone (was 1, now None)")  # or is no more
-    for broken in ("{", "[]", json.dumps(saved["settings"]), '{"settings": 3}'):  # the third: an earlier version's
+    # the third: an earlier version's
+    for broken in ("{", "[]", json.dumps(saved["settings"]), '{"settings": 3}'):
         config.write_text(broken)
         ends_in_one_line(capsys, guard, "rows.config.json", "--overwrite")
     config.unlink()
@@ -113,7 +117,8 @@ def test_what_stands_behind_the_names(tmp_path):
     """The prints of a model, a reward and problems differ where the files' content does."""
     seen = set()
     for content in (b"one", b"two"):
-        for name in ("model.safetensors", "pytorch_model.bin", "tokenizer_config.json", "chat_template.jinja"):
+        for name in ("model.safetensors",
+                     "pytorch_model.bin", "tokenizer_config.json", "chat_template.jinja"):
             (tmp_path / name).write_bytes(content)
             seen.add(vstar.fingerprint(tmp_path)["model's files"])
     assert len(seen) == 8
@@ -122,13 +127,15 @@ def test_what_stands_behind_the_names(tmp_path):
     problem = dict(id="1", prompt="a", answer="1", target=1, tokens=[1])
     target, dated = dict(problem, target=2), dict(problem, prompt="on Monday: a")
     for chat in (False, True):  # a chat template may tell the date
-        first, same, other, later = (vstar.hash_of([one], chat) for one in (problem, dict(problem), target, dated))
+        first, same, other, later = (vstar.hash_of([one], chat)
+                                     for one in (problem, dict(problem), target, dated))
         assert first == same != other and (first == later) == chat
 
 
 @whole
 def test_what_stands_behind_the_names_may_not_change(tmp_path):
-    """A model trained anew in the same folder, or an edited file of problems: old rows are not taken for theirs."""
+    """A model trained anew in the same folder, or an edited file of problems: old rows are not taken for
+    theirs."""
     shutil.copytree(HERE / "tiny/model", tmp_path / "model")
     data, out = tmp_path / "data.jsonl", tmp_path / "v.jsonl"
     data.write_text("".join((HERE / "tiny/train.jsonl").read_text().splitlines(keepends=True)[:4]))
@@ -149,13 +156,15 @@ def test_what_stands_behind_the_names_may_not_change(tmp_path):
 
 @whole
 @pytest.mark.parametrize("more,words", [
-    (["--lr=1e-3", "--beta2=0.5"], ["--lr (was 0.0003, now 0.001)", "--beta2 (was 0.1, now 0.5)", "--overwrite"]),
+    (["--lr=1e-3", "--beta2=0.5"],
+     ["--lr (was 0.0003, now 0.001)", "--beta2 (was 0.1, now 0.5)", "--overwrite"]),
     (["--beta1=2"], ["--beta1 (was 0.5, now 2.0)"]),
     (["--lora=4"], ["--lora (was None, now 4)"]),
     (["--samples=4"], ["--samples (was 8, now 4)"]),
     (["--samples=9"], ["8 answers per prompt, not --samples 9"]),
     (["--eval_data=nowhere.jsonl"], ["nowhere.jsonl"]),
-    (["--eval_data=tiny/train.jsonl"], ["eval_data's problems (was"]),  # accuracy before and after is of the same
+    # accuracy before and after is of the same
+    (["--eval_data=tiny/train.jsonl"], ["eval_data's problems (was"]),
     (["--steps=4"], ["is at step 6 already, beyond --steps 4"]),
 ])
 def test_stage2_refuses(more, words, trained, all_rows):
@@ -199,9 +208,10 @@ def test_a_restart_finds_the_last_whole_checkpoint_and_its_rows(tmp_path):
     assert train.last_checkpoint(tmp_path) == 4 and train.last_checkpoint(tmp_path / "new") == 0
     assert sorted(os.listdir(tmp_path / "checkpoint")) == ["00000002", "00000004", "notes"]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in range(7)) + '{"step"')
-    assert [row["step"] for row in train.read_metrics(path, 4)] == [0, 1, 2, 3, 4]
-    assert [row["step"] for row in read_jsonl(path)] == [0, 1, 2, 3, 4]
+    path.write_text("".join(json.dumps(dict(step=step)) + "\n"
+                            for step in range(7)) + '{"step"')
+    kept = train.read_metrics(path, 4)
+    assert kept == read_jsonl(path) == [dict(step=step) for step in range(5)]
     assert train.read_metrics(path, 0) == [] and path.read_text() == ""
 
 
@@ -219,7 +229,8 @@ def test_broken_files_of_stage1(tmp_path):
     path.write_bytes(b"")
     refused(inside(*command, check=False), "model.safetensors is empty")
     path.unlink()
-    refused(inside(*evaluation(tmp_path / "o", models=[model]), check=False), str(model), "model.safetensors")
+    refused(inside(*evaluation(tmp_path / "o", models=[model]), check=False),
+            str(model), "model.safetensors")
     shutil.copy(HERE / "tiny/model/model.safetensors", path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
@@ -247,9 +258,11 @@ def test_a_torn_part_of_stage1(tmp_path):
 @whole
 def test_broken_files_of_stage2(trained, all_rows, tmp_path):
     lines = all_rows.read_text().splitlines()
-    broken = copy_rows(all_rows, tmp_path / "vstar.jsonl", [*lines[:500], lines[500][:40], *lines[501:]])
+    broken = copy_rows(all_rows, tmp_path / "vstar.jsonl",
+                       [*lines[:500], lines[500][:40], *lines[501:]])
     refused(inside(*stage2(broken, tmp_path / "r"), check=False), "vstar.jsonl", "line 501")
-    broken.write_bytes(broken.read_bytes().replace(lines[500][:40].encode(), b"\xff" + lines[500].encode()))
+    broken.write_bytes(broken.read_bytes().replace(lines[500][:40].encode(),
+                                                   b"\xff" + lines[500].encode()))
     refused(inside(*stage2(broken, tmp_path / "r"), check=False), "vstar.jsonl", "line 501")
 
     out = shutil.copytree(trained[0], tmp_path / "torn")

@@ -60,10 +60,13 @@ def test_flags(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["test", *flags])
         return vars(vstar.read_flags(parser, "no recipe"))
 
-    default = dict(many=8, share=0.5, seed=0, temperature=1.0, limit=None, kind="auto", out=Path("out"), loud=False)
+    default = dict(many=8, share=0.5, seed=0, temperature=1.0,
+                   limit=None, kind="auto", out=Path("out"), loud=False)
     assert parse("--many=8") == default
-    found = parse("--many=3", "--seed", "0", "--temperature=0", "--limit=1", "--kind=one", "--out=a", "--share=inf")
-    others = dict(many=3, temperature=0, limit=1, kind="one", out=Path("a"), share=math.inf)
+    found = parse("--many=3", "--seed", "0",
+                  "--temperature=0", "--limit=1", "--kind=one", "--out=a", "--share=inf")
+    others = dict(many=3, temperature=0, limit=1,
+                  kind="one", out=Path("a"), share=math.inf)
     assert found == default | others and parse("--loud")["loud"] is True
     for flag in ("many=0", "many=-1", "share=0", "share=nan", "seed=-1", "limit=0", "temperature=-0.1"):
         name = flag.split("=")[0]
@@ -116,7 +119,8 @@ def test_bad_flags_of_stage2(flag, words, tmp_path):
 @pytest.mark.parametrize("more,words", [
     (["--temperature=0"], ["--samples 1"]),
     (["--temperature=0", "--samples=1", "--reference=tiny/model"], ["--temperature 0", "no --reference"]),
-    (["--model", "tiny/model", "./tiny/model"], ["./tiny/model", "named before"]),  # one file of answers for two
+    # one file of answers for two
+    (["--model", "tiny/model", "./tiny/model"], ["./tiny/model", "named before"]),
     (["--stop=12"], ["--stop '12'"]),
 ])
 def test_bad_flags_of_evaluation(more, words, tmp_path):
@@ -125,8 +129,11 @@ def test_bad_flags_of_evaluation(more, words, tmp_path):
 
 
 def test_recipes(monkeypatch):
-    """With no flags a script reads its recipe, from wherever it is started; with any, only what is said holds."""
-    read = lambda *flags: monkeypatch.setattr(sys, "argv", ["", *flags]) or vstar.read_flags(vstar.make_parser(), "vstar")
+    """With no flags a script reads its recipe, from wherever it is started; with any, the defaults hold."""
+    def read(*flags):
+        monkeypatch.setattr(sys, "argv", ["vstar.py", *flags])
+        return vstar.read_flags(vstar.make_parser(), "vstar")
+
     assert read().decode_rows == 1024 and read("--model=a", "--data=b").decode_rows == 256
     monkeypatch.chdir(HERE)
     assert read("@tiny/vstar.args", "--max_new_tokens=9").max_new_tokens == 9  # the later flag counts
@@ -134,20 +141,23 @@ def test_recipes(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *more])
         args = train.parse_args(train.APO)
         assert (args.steps, args.lr, args.overwrite) == (120, 3e-4, bool(more))
-    for flags, lr in (([], 1e-6), (["--lora=8"], 5e-6), (["--lora=8", "--lr=1e-4"], 1e-4)):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--beta2=0.1", *flags])
+    for flags, lr in (("--beta2=1", 1e-6), ("--lora=8", 5e-6), ("--lora=8 --lr=1e-4", 1e-4)):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
         assert train.parse_args(train.APO).lr == lr
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     assert vstar.read_flags(evaluate.make_parser(), "evaluate").samples == 8
 
 
 @pytest.mark.parametrize("data,split,held_out", [
-    ("math", "train", "math"), ("mine.jsonl", "train", None), ("math500", "test", None),  # with no other split
+    ("math", "train", "math"),
     ("math", "test", None),  # it is trained on
+    ("math500", "test", None),  # it has no other split
+    ("mine.jsonl", "train", None),
 ])
 def test_the_default_held_out_problems(data, split, held_out, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "fingerprint", lambda *_: {})
-    settings = {**dict.fromkeys(train.FROM_STAGE1), "temperature": 1, "beta1": 1, "data": data, "split": split}
+    settings = {**dict.fromkeys(train.FROM_STAGE1),
+                "temperature": 1, "beta1": 1, "data": data, "split": split}
     (tmp_path / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=1)))
     (tmp_path / "v.jsonl").write_text(json.dumps(dict(id="a", rewards=[0.0], vstar=0.0)))
     args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl"])
@@ -160,21 +170,24 @@ def test_the_default_held_out_problems(data, split, held_out, monkeypatch, tmp_p
 
 
 def test_what_ends_a_completion(tmp_path):
-    """The ids of the generation config and the tokenizer's; where the first names none, config.json's; and --stop."""
+    """The ids of the generation config and the tokenizer's; where the first names none, config.json's; and
+    --stop."""
     shutil.copytree(HERE / "tiny/model", tmp_path / "model")
     args = SimpleNamespace(model=str(tmp_path / "model"), revision=None, stop=None, max_new_tokens=8)
-    own = tiny_tokenizer().eos_token_id
-    for written, eos in (("null", [own]), ("[5, 7]", [own, 5, 7]), ("9", [own, 9])):
+    config, own = tmp_path / "model/config.json", tiny_tokenizer().eos_token_id
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(eos_token_id=3)))
+    for written, eos in (("null", [own, 3]), ("[5, 7]", [own, 5, 7]), ("9", [own, 9])):
         (tmp_path / "model/generation_config.json").write_text(f'{{"eos_token_id": {written}}}')
         assert vstar.ask([], args)[1] == eos
     args.stop = ["="]
-    assert vstar.ask([], args)[1] == sorted([own, 9, tiny_tokenizer().vocab["="]])
+    assert {*vstar.ask([], args)[1]} == {own, 9, tiny_tokenizer().vocab["="]}
 
 
 def test_lora_needs_linear_layers(capsys):
     """GPT-2's are transformers' Conv1D."""
     policy = train.Policy(small_model(kind="GPT2"))
-    ends_in_one_line(capsys, lambda: policy.adapt(4, torch.float32, 0), "--lora", "GPT2LMHeadModel", "torch.nn.Linear")
+    ends_in_one_line(capsys, lambda: policy.adapt(4, torch.float32, 0),
+                     "--lora", "GPT2LMHeadModel", "torch.nn.Linear")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -188,7 +201,8 @@ def test_a_full_gpu_is_one_line(capsys):
     for error in (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
                   RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp"),
                   ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired")):
-        ends_in_one_line(capsys, lambda error=error: vstar.run_script(lambda: raises(error)), "lower --decode_rows")
+        failing = lambda error=error: vstar.run_script(lambda: raises(error))
+        ends_in_one_line(capsys, failing, "lower --decode_rows")
     with pytest.raises(RuntimeError, match="another"):
         vstar.run_script(lambda: raises(RuntimeError("another")))
 
@@ -198,15 +212,18 @@ def test_precision_of_a_gpu(native, dtype, monkeypatch):
     """A T4 says that it knows bf16, and emulates it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    says = lambda including_emulation: native or including_emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", says)
     args = SimpleNamespace(dtype="auto")
     assert vstar.start_process(args).type == "cuda" and args.dtype == dtype
 
 
 @whole
-@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="for CPUs with glibc")
+@pytest.mark.skipif(torch.cuda.is_available()
+                    or platform.libc_ver()[0] != "glibc", reason="for CPUs with glibc")
 def test_freed_memory_is_kept():
-    """A large block that is taken again and again costs no page faults (but for a few misfits at the start)."""
+    """A large block that is taken again and again costs no page faults (but for a few misfits at the
+    start)."""
     code = """if True:
         import resource, torch, types, vstar
         vstar.start_process(types.SimpleNamespace(dtype="auto"))
@@ -214,5 +231,6 @@ def test_freed_memory_is_kept():
         for _ in range(20):
             torch.ones(1 << 24)  # 64 MB, 16,384 pages
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    fresh = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    fresh = subprocess.run([sys.executable, "-c", code],
+                           cwd=HERE, capture_output=True, text=True, check=True)
     assert int(fresh.stdout) < 10 * 16_384

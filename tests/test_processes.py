@@ -66,34 +66,38 @@ def test_checkpoints_between_one_two_and_four_ranks(more, trained, all_rows, tmp
     if more:
         one = tmp_path / "one"
         inside(*stage2(all_rows, one, *more))
-    for count, steps in ((2, 1), (4, 2), (1, 4), (2, 6)):
+    for count, steps in zip((2, 4, 1, 2), (1, 2, 4, 6)):
         torchrun(count, *stage2(all_rows, tmp_path / "run", *more, f"--steps={steps}"))
     close(metrics(tmp_path / "run")[2:], metrics(one)[2:])
 
 
 def nodes(count, each, *command):
-    """Several machines, as far as the processes can tell: an agent for each, with its own share of the cores. They
-    meet at an address."""
+    """Several machines, as far as the processes can tell: an agent for each, with its own share of the
+    cores. They meet at an address."""
     cores = sorted(os.sched_getaffinity(0))
     pin = lambda node: lambda: os.sched_setaffinity(0, cores[node::count] or cores)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    meet = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
-    agent = ["-m", "torch.distributed.run", f"--nnodes={count}", f"--nproc_per_node={each}", *meet]
-    return [start(*agent, *command, start_new_session=True, preexec_fn=pin(node)) for node in range(count)]
+    meet = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
+    sizes = [f"--nnodes={count}", f"--nproc_per_node={each}", "--local_addr=127.0.0.1"]
+    agent = ["-m", "torch.distributed.run", *sizes, *meet]
+    return [start(*agent, *command, start_new_session=True, preexec_fn=pin(node))
+            for node in range(count)]
 
 
 def descendants(parent):
     """The ids of a process's children, and of theirs."""
     command = ["ps", "-o", "pid=", "--ppid", str(parent)]
-    children = [int(line) for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
+    children = [int(line)
+                for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
     return children + [below for child in children for below in descendants(child)]
 
 
 @long
 def test_two_nodes_train_like_one(trained, all_rows, undisturbed, tmp_path):
-    """Both stages on two nodes; one dies in the middle of Stage 2, and the same commands go on to the same result."""
+    """Both stages on two nodes; one dies in the middle of Stage 2, and the same commands go on to the same
+    result."""
     for node in nodes(2, 1, *stage1(tmp_path / "vstar.jsonl")):
         assert node.wait(timeout=300) == 0
     assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
@@ -112,7 +116,8 @@ def test_two_nodes_train_like_one(trained, all_rows, undisturbed, tmp_path):
 
 @long
 def test_random_kills_over_both_stages(undisturbed, tmp_path):
-    """kill -9 at random moments (five; LONG=1: fifty); the same command, until it ends by itself: the same bits."""
+    """kill -9 at random moments (five; LONG=1: fifty); the same command, until it ends by itself: the same
+    bits."""
     rng, kills = random.Random(2), 50 if LONG else 5
     rows = lambda name: tmp_path / name / "vstar.jsonl"
     more = ["--steps=60", "--batch_size=64", "--eval_every=20", "--tokens_per_microbatch=8000"]
@@ -151,4 +156,5 @@ def test_a_long_run_stays_as_small_as_it_began(all_rows, tmp_path):
     assert process.wait() == 0 and len(resident) > 20
     fifth = len(resident) // 5
     assert np.median(resident[-fifth:]) < 1.1 * np.median(resident[fifth : 2 * fifth])
-    assert np.median(files[-fifth:]) <= np.median(files[2 * fifth : 3 * fifth])  # the first save opens some for good
+    # the first save opens some for good
+    assert np.median(files[-fifth:]) <= np.median(files[2 * fifth : 3 * fifth])

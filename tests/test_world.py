@@ -29,7 +29,8 @@ def test_worked_demonstrations(monkeypatch):
     assert worked(482, "-", 295) == "12-5=7;17-9=8;3-2=1;\\boxed{187}"
     assert worked(500, "-", 499) == "10-9=1;9-9=0;4-4=0;\\boxed{1}"
     rng = random.Random(0)
-    right = [make.worked(rng, 482, "+", 795, 0.04).endswith("{1277}") for _ in range(3000)]
+    right = [make.worked(rng, 482, "+", 795, 0.04).endswith("{1277}")
+             for _ in range(3000)]
     assert abs(np.mean(right) - 0.96**3) < 0.02
 
 
@@ -38,7 +39,8 @@ def test_make_makes_the_same_files_twice(tmp_path):
     small = ["--steps=3", "--train=20", "--test=10", "--digits", 2, 5, "--hidden=64"]
     both = [start("tiny/make.py", *small, f"--out={tmp_path / name}") for name in "ab"]
     assert [process.wait() for process in both] == [0, 0]
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    files = sorted(path.relative_to(tmp_path / "a")
+                   for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert {"train.jsonl", "test.jsonl", "vstar.args"} <= {str(file) for file in files}
     for file in files:
         one, other = ((tmp_path / name / file).read_bytes() for name in "ab")
