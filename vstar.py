@@ -159,10 +159,7 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
                      for completion in group]
             for (problem, completion), graded in zip(pairs, grade(args, tokenizer, pairs)):
                 fields = {key: value for key, value in problem.items() if key != "tokens"}
-                row = rows.setdefault(problem["id"], fields)
-                values = (*graded, completion.finished, len(completion.tokens), completion.tokens)
-                for key, value in zip(OF_COMPLETIONS, values):
-                    row.setdefault(key, []).append(value)
+                append_completion(rows.setdefault(problem["id"], fields), completion, *graded)
                 tokens += len(completion.tokens)
             done = [rows.pop(problem["id"]) for problem in chunk]
             for row in done:
@@ -187,9 +184,14 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
     return speed
 
 
-# what a row has of its completions: lists, of which entry i belongs to completion i. Tokens are kept where they
-# are needed: a response that is encoded again need not give the same
-OF_COMPLETIONS = ("responses", "rewards", "finished", "lengths", "tokens")
+def append_completion(row, completion, response, reward):
+    """To a row's lists over its completions. (Tokens are kept for the KL: they may differ from the response
+    encoded again.)"""
+    row.setdefault("rewards", []).append(reward)
+    row.setdefault("lengths", []).append(len(completion.tokens))
+    row.setdefault("finished", []).append(completion.finished)
+    row.setdefault("responses", []).append(response)
+    row.setdefault("tokens", []).append(completion.tokens)
 
 
 def existing_rows(out):
@@ -1000,7 +1002,7 @@ def read_rows(path, n=None):
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                for key in row.keys() & OF_COMPLETIONS:
+                for key in row.keys() & {"rewards", "lengths", "finished", "responses", "tokens"}:
                     row[key] = row[key][:n]
                 rows.append(row | dict(vstar=float(row["vstar"])))
             except (ValueError, KeyError, TypeError):

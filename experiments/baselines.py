@@ -22,7 +22,7 @@ from vstar import run_script
 
 
 class Baseline(APO):
-    """What the three share: β2 is the weight of their KL to π_ref, and several updates may follow one batch."""
+    """What the three share: β2 is the weight of their KL to π_ref; several updates may follow one batch."""
 
     always_old_logp = False
 
@@ -48,10 +48,11 @@ class Baseline(APO):
 
 
 def rebel_loss(logp, old_logp, reward, eta):
-    """Of two completions of a prompt, regress the difference of the log-ratios against the policy that wrote them onto the
-    difference of the rewards. All (pairs, 2) → (pairs,)"""
-    log_ratio = logp - old_logp
-    return ((log_ratio[:, 0] - log_ratio[:, 1]) / eta - (reward[:, 0] - reward[:, 1])) ** 2  # arXiv 2404.16767, Alg. 1
+    """Of two completions of a prompt, regress the difference of their log-ratios, against the policy that
+    wrote them, onto the difference of their rewards. All (pairs, 2) → (pairs,)"""
+    log_ratio = (logp - old_logp)[:, 0] - (logp - old_logp)[:, 1]
+    better = reward[:, 0] - reward[:, 1]
+    return (log_ratio / eta - better) ** 2  # arXiv 2404.16767, Alg. 1
 
 
 class REBEL(Baseline):
@@ -67,8 +68,10 @@ class REBEL(Baseline):
 
     def losses(self, logp, constants, completion_mask, inputs):
         old_logp = constants.get("old_logp", logp.detach())
-        reward = constants["reward"] - self.args.beta2 * (old_logp - constants["ref_logp"]).sum(-1)
-        pairs = [x.unflatten(0, (len(x) // 2, 2)) for x in (logp.sum(-1), old_logp.sum(-1), reward)]
+        kl = (old_logp - constants["ref_logp"]).sum(-1)
+        reward = constants["reward"] - self.args.beta2 * kl
+        sequences = logp.sum(-1), old_logp.sum(-1), reward
+        pairs = [values.unflatten(0, (len(values) // 2, 2)) for values in sequences]
         yield "loss", rebel_loss(*pairs, self.args.eta)
 
 
@@ -77,7 +80,7 @@ class REBEL(Baseline):
 
 
 def clipped_surrogate(logp, old_logp, advantage, clip_ratio):
-    """PPO's surrogate as a loss per token: no gain from moving π/π_old further than clip_ratio. All alike in shape."""
+    """PPO's surrogate as a loss per token: no gain from moving π/π_old further than clip_ratio."""
     ratio = (logp - old_logp).exp()
     bounded = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     return -torch.minimum(ratio * advantage, bounded * advantage)  # arXiv 1707.06347, eq. 7
@@ -94,7 +97,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, mask, beta, clip_ratio, lengt
     """Tokens (sequences, tokens), of which `mask` counts some; advantage (sequences,) → (sequences,)
 
     A mean over each completion's tokens; Dr. GRPO (arXiv 2503.20783) divides by the same `length` for all."""
-    kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1  # arXiv 2402.03300, eq. 4: an estimate that is never negative
+    # arXiv 2402.03300, eq. 4: an estimate that is never negative
+    kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1
     losses = clipped_surrogate(logp, old_logp, advantage[:, None], clip_ratio) + beta * kl  # eq. 3
     return (losses * mask).sum(-1) / (length or mask.sum(-1))
 
@@ -118,14 +122,15 @@ class GRPO(Baseline):
 
     def constants(self, run, samples):
         constants = super().constants(run, samples)
-        groups = constants["reward"].unflatten(0, (len(samples) // self.completions, self.completions))
+        prompts = len(samples) // self.completions
+        groups = constants["reward"].unflatten(0, (prompts, self.completions))
         return dict(constants, advantage=group_advantage(groups, not self.args.dr_grpo).flatten())
 
     def losses(self, logp, constants, completion_mask, inputs):
         old_logp = constants.get("old_logp", logp.detach())
         length = self.args.max_new_tokens if self.args.dr_grpo else None
-        yield "loss", grpo_loss(logp, old_logp, constants["ref_logp"], constants["advantage"], completion_mask,
-                                self.args.beta2, self.args.clip_ratio, length)
+        yield "loss", grpo_loss(logp, old_logp, constants["ref_logp"], constants["advantage"],
+                                completion_mask, self.args.beta2, self.args.clip_ratio, length)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -133,17 +138,17 @@ class GRPO(Baseline):
 
 
 def gae(reward, value, gamma, lam):
-    """Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t; all (sequences, tokens), zero after the completion's end."""
+    """Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t; all (sequences, tokens), 0 after the completion."""
     advantage, later = torch.zeros_like(value), torch.zeros_like(value[:, 0])
     following = torch.cat([value[:, 1:], later[:, None]], dim=1)
     for t in reversed(range(value.shape[1])):  # arXiv 1506.02438, eq. 16
-        later = reward[:, t] + gamma * following[:, t] - value[:, t] + gamma * lam * later
-        advantage[:, t] = later
+        delta = reward[:, t] + gamma * following[:, t] - value[:, t]
+        advantage[:, t] = later = delta + gamma * lam * later
     return advantage
 
 
 def value_loss(value, old_value, returns, value_clip):
-    """The critic's squared error per token, without gain from moving further than value_clip. All alike in shape."""
+    """The critic's squared error per token, without gain from moving further than value_clip."""
     near = old_value + (value - old_value).clamp(-value_clip, value_clip)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2)  # verl's and TRL's
 
@@ -168,8 +173,8 @@ class PPO(Baseline):
     @classmethod
     def add_flags(cls, add):
         super().add_flags(add)
-        add("--critic_lr", float, "the critic's learning rate; default: ten times --lr, as in verl, whose values the "
-            "other defaults are, too")
+        add("--critic_lr", float, "the critic's learning rate; default: ten times --lr, as in verl, whose "
+            "values the other defaults are, too")
         add("--clip_ratio", 0.2, "how far π/π_old may go from 1")
         add("--value_clip", 0.5, "how far a value may go from what it was")
         add("--gamma", 1.0, "γ, by which later rewards are discounted", zero=True)
