@@ -272,7 +272,7 @@ def small_model(vocabulary=11, kind="Qwen2", seed=0, hidden=32, layers=2):
 
 def adapted(model, rank=3, dtype=torch.float32, recompute=False):
     """A Policy of the model with additions that have learned something: B is not 0."""
-    policy = train.Policy(model, recompute).adapt(rank, dtype, seed=0)
+    policy = train.LoraPolicy(model, rank, dtype, 0, recompute)
     for name, parameter in policy.named_parameters():
         if name.endswith("lora_B"):
             parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(1))

@@ -104,9 +104,7 @@ def test_bad_flags_of_stage1(flag, words, tmp_path):
     ("--batch=25", ["unrecognized arguments: --batch=25"]),  # not taken for --batch_size
     ("--algo=ppo", ["unrecognized arguments: --algo=ppo"]),
     ("--lr=-1", ["--lr", "is too small"]),
-    ("--minibatches=99", ["--minibatches 99", "--batch_size 25"]),
     ("--dtype=float16", ["argument --dtype", "float16"]),
-    ("--wandb=x", ["--wandb", "not installed"]),
     ("--vstar=nowhere.jsonl", ["nowhere.jsonl", "vstar.py"]),
     # V̂* holds for Stage 1's settings, so they cannot be changed here
     *((f"--{name}=1", ["unrecognized arguments"]) for name in train.FROM_STAGE1),
@@ -139,11 +137,8 @@ def test_recipes(monkeypatch):
     assert read("@tiny/vstar.args", "--max_new_tokens=9").max_new_tokens == 9  # the later flag counts
     for more in ([], ["--overwrite"]):
         monkeypatch.setattr(sys, "argv", ["train.py", *more])
-        args = train.parse_args(train.APO)
+        args = vstar.read_flags(train.make_parser(train.APO), "train")
         assert (args.steps, args.lr, args.overwrite) == (120, 3e-4, bool(more))
-    for flags, lr in (("--beta2=1", 1e-6), ("--lora=8", 5e-6), ("--lora=8 --lr=1e-4", 1e-4)):
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-        assert train.parse_args(train.APO).lr == lr
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     assert vstar.read_flags(evaluate.make_parser(), "evaluate").samples == 8
 
@@ -154,15 +149,16 @@ def test_recipes(monkeypatch):
     ("math500", "test", None),  # it has no other split
     ("mine.jsonl", "train", None),
 ])
-def test_the_default_held_out_problems(data, split, held_out, monkeypatch, tmp_path):
+def test_settings_that_follow_from_others(data, split, held_out, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "fingerprint", lambda *_: {})
     settings = {**dict.fromkeys(train.FROM_STAGE1),
                 "temperature": 1, "beta1": 1, "data": data, "split": split}
     (tmp_path / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=1)))
     (tmp_path / "v.jsonl").write_text(json.dumps(dict(id="a", rewards=[0.0], vstar=0.0)))
-    args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl"])
-    train.read_stage1(args)
-    assert args.eval_data == held_out
+    for flags, lr in (([], 1e-6), (["--lora=8"], 5e-6), (["--lora=8", "--lr=1e-4"], 1e-4)):
+        args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl", *flags])
+        train.settle(args, *train.read_stage1(args))
+        assert args.eval_data == held_out and args.lr == lr
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -178,16 +174,15 @@ def test_what_ends_a_completion(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(eos_token_id=3)))
     for written, eos in (("null", [own, 3]), ("[5, 7]", [own, 5, 7]), ("9", [own, 9])):
         (tmp_path / "model/generation_config.json").write_text(f'{{"eos_token_id": {written}}}')
-        assert vstar.ask([], args)[1] == eos
+        assert vstar.add_prompts([], args)[1] == eos
     args.stop = ["="]
-    assert {*vstar.ask([], args)[1]} == {own, 9, tiny_tokenizer().vocab["="]}
+    assert {*vstar.add_prompts([], args)[1]} == {own, 9, tiny_tokenizer().vocab["="]}
 
 
 def test_lora_needs_linear_layers(capsys):
     """GPT-2's are transformers' Conv1D."""
-    policy = train.Policy(small_model(kind="GPT2"))
-    ends_in_one_line(capsys, lambda: policy.adapt(4, torch.float32, 0),
-                     "--lora", "GPT2LMHeadModel", "torch.nn.Linear")
+    make = lambda: train.LoraPolicy(small_model(kind="GPT2"), 4, torch.float32, 0)
+    ends_in_one_line(capsys, make, "--lora", "GPT2LMHeadModel", "torch.nn.Linear")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -214,7 +209,7 @@ def test_precision_of_a_gpu(native, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     says = lambda including_emulation: native or including_emulation
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", says)
-    args = SimpleNamespace(dtype="auto")
+    args = SimpleNamespace(dtype="auto", engine="transformers")
     assert vstar.start_process(args).type == "cuda" and args.dtype == dtype
 
 
@@ -226,7 +221,7 @@ def test_freed_memory_is_kept():
     start)."""
     code = """if True:
         import resource, torch, types, vstar
-        vstar.start_process(types.SimpleNamespace(dtype="auto"))
+        vstar.start_process(types.SimpleNamespace(dtype="auto", engine="transformers"))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20):
             torch.ones(1 << 24)  # 64 MB, 16,384 pages

@@ -42,7 +42,7 @@ def test_ctrl_c_says_how_to_resume(undisturbed, tmp_path):
     wait_until(lambda: list(tmp_path.glob("*/*.jsonl")), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from here" in errors
+    assert process.returncode == 130 and "the same command resumes from here" in errors
     assert "Traceback" not in errors
     inside(*stage1(out))
     assert out.read_bytes() == undisturbed[0].read_bytes()

@@ -74,7 +74,7 @@ class Counter:
                          [(8, [32] * 3 + [4]), (1, [100]), (300, [1] * 100)])
 def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     """--decode_rows of them; and each process has work, where there are fewer chunks than processes."""
-    sampler, exist = Counter(), vstar.answered
+    sampler, exist = Counter(), vstar.existing_rows
     monkeypatch.setattr(vstar, "make_sampler", lambda *_: sampler)
     monkeypatch.setattr(vstar, "barrier", lambda *_: None)
     args = some_args(samples=n, decode_rows=256, out=tmp_path / "v.jsonl", seed=0)
@@ -93,7 +93,7 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     assert sample_all(n + 8) == [(32, n)] * 3 + [(4, n)]  # the 8 that are new
     assert {len(row["responses"]) for row in read_jsonl(args.out)} == {n + 8}
     assert {len(row["responses"]) for row in vstar.read_rows(args.out, n)} == {n}
-    monkeypatch.setattr(vstar, "answered", lambda out: {})  # as if other nodes' files did not appear here
+    monkeypatch.setattr(vstar, "existing_rows", lambda out: {})  # as if other nodes' files did not appear here
     with pytest.raises(SystemExit):
         sample_all(n + 9)
     assert list(tmp_path.glob("v.parts/*.jsonl")) and len(read_jsonl(args.out)) == 100
@@ -101,7 +101,7 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     # all of eight processes read what exists before one writes; the first merges in the end
     args.out, reads, asked = tmp_path / "w.jsonl", [], []
     monkeypatch.setattr(vstar, "remove", lambda path: None)
-    monkeypatch.setattr(vstar, "answered",
+    monkeypatch.setattr(vstar, "existing_rows",
                         lambda out: reads.append(out) or (exist(out) if len(reads) == 9 else {}))
     monkeypatch.setattr(vstar, "WORLD", 8)
     for rank in reversed(range(8)):
@@ -127,9 +127,10 @@ def test_summary_warns():
     mixed = [row_of([float(i < k) for i in range(8)])
              for k in range(9)] * 10
     text = vstar.summary(mixed, 0.5)
-    assert "0/8 right         11.1%" in text and "8/8 right  11.1%" in text and "0.500 ±" in text
+    assert "0/8 right         11.1%" in text and "8/8 right  11.1%" in text
+    assert "accuracy          0.500 ± 0.067 (95 %)" in text  # over prompts: 1.96 · 0.3245 / √90
     assert "warning" not in text
-    assert "no right answer" in vstar.summary([row_of([0.0] * 8)] * 19 + mixed[8:9], 0.5)
+    assert "no right response" in vstar.summary([row_of([0.0] * 8)] * 19 + mixed[8:9], 0.5)
     assert "cut off" in vstar.summary([row_of(row["rewards"], False) for row in mixed], 0.5)
     assert "nan" not in vstar.summary([row_of(row["rewards"][:1]) for row in mixed], 0.5)
 
@@ -143,11 +144,11 @@ def test_wrong_answers_are_shown():
     for row in rows:
         row["finished"] = [False, True, True]
     shown = vstar.summary(rows, 0.5).split("── ")[1:]
-    assert [text.split(",")[0] for text in shown] == ["0", "10", "20"]
+    assert [text.split(":")[0] for text in shown] == ["0", "11", "22"]
     assert "it is words" in shown[0] and r"no \boxed{} and no ####" in shown[1] and "so 3" in shown[1]
     assert not any("\x1b" in text or "… cut" in text for text in shown)
-    shown = vstar.summary(rows, 0.5, own="mine.py:judge")
-    assert shown.count("read by mine.py:judge") == 3 and "####" not in shown
+    shown = vstar.summary(rows, 0.5, custom_reward="mine.py:judge")
+    assert shown.count("wrong by mine.py:judge") == 3 and "####" not in shown
 
 
 def test_what_is_shown_of_a_step(tmp_path):
@@ -155,15 +156,15 @@ def test_what_is_shown_of_a_step(tmp_path):
     tells."""
     args = some_args(out=tmp_path, show_every=2)
     log = object.__new__(train.Log)
-    vars(log).update(args=args, bar=mock.MagicMock(), told=set(), history=[], zero_one=True)
+    vars(log).update(args=args, bar=mock.MagicMock(), already_warned=set(), history=[], zero_one=True)
     log.run = SimpleNamespace(objective=train.APO(args))
     a, b = (dict(id=name, prompt=f"{name}=", answer="7", rewards=[0.0, 1.0]) for name in "ab")
     seven, eight = Completion([1, 2], True, [-1.0, -0.5]), Completion([3], False, [-2.0])
     samples = [train.Sample(dict(a, vstar=0.25), seven, "seven", 1.0, 0),
                train.Sample(dict(b, vstar=0.5), eight, "eight", 0.0, 1)]
-    given = dict(ref_logp=torch.tensor([[-2.0, -0.75], [-1.5, 0.0]]))
-    numbers = dict(reward=0.5, kl=0.0, tokens_per_second=9)
-    show = lambda step, samples: log.show(dict(numbers, step=step), samples, given)
+    constants = dict(ref_logp=torch.tensor([[-2.0, -0.75], [-1.5, 0.0]]))
+    numbers = dict(reward=0.5, kl=0.0)
+    show = lambda step, samples: log.show(dict(numbers, step=step), samples, constants)
     for step in (1, 2, 3):
         show(step, samples)
     assert sorted(os.listdir(tmp_path / "samples")) == ["000001.jsonl", "000002.jsonl"]
@@ -259,7 +260,7 @@ def test_ones_own_task_end_to_end(tmp_path):
     assert {row["prompt"] for row in shown} < {row["prompt"] for row in rows}  # as Stage 1 asked
     done = inside(*evaluation(tmp_path / "e", *more, "--prompt={a}+{b}=", "--max_new_tokens=3", "--show=2"))
     assert "right: a reward of at least 1" in done.stdout
-    assert done.stdout.count(", wrong, read cut off\n") == 2
+    assert done.stdout.count(": cut off\n") == 2
     assert "pass@4  reward  finished" in done.stdout and "maj@" not in done.stdout
     own_reward(tmp_path, "return 1.0")
     done = inside(*command, "--engine=transformers", check=False)
