@@ -93,7 +93,7 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     assert sample_all(n + 8) == [(32, n)] * 3 + [(4, n)]  # the 8 that are new
     assert {len(row["responses"]) for row in read_jsonl(args.out)} == {n + 8}
     assert {len(row["responses"]) for row in vstar.read_rows(args.out, n)} == {n}
-    monkeypatch.setattr(vstar, "existing_rows", lambda out: {})  # as if other nodes' files did not appear here
+    monkeypatch.setattr(vstar, "existing_rows", lambda out: {})  # as if other nodes' files were not here
     with pytest.raises(SystemExit):
         sample_all(n + 9)
     assert list(tmp_path.glob("v.parts/*.jsonl")) and len(read_jsonl(args.out)) == 100
