@@ -1,6 +1,7 @@
 """A sweep at toy size: what it runs, what it leaves, and what a second start does not run again."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -48,3 +49,14 @@ def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
     # with other flags nothing old is taken for it: Stage 2 runs again
     start(APO, "--steps=1")
     assert len(ran) == 10
+
+
+def test_results_are_json(tmp_path, monkeypatch):
+    """JSON has no NaN: what was never reached is null."""
+    kept = list(lab.RESULTS.glob("*.json"))
+    monkeypatch.setattr(lab, "RESULTS", tmp_path)
+    monkeypatch.setattr(lab, "machine", dict)
+    lab.save("new", seconds=math.nan, table=dict(apo=[1.5, math.nan]))
+    for path in (*kept, tmp_path / "new.json"):
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found == dict(machine={}, seconds=None, table=dict(apo=[1.5, None]))
