@@ -50,13 +50,14 @@ def main():
         runs[algorithm].append(dict(measures(rows, args.reach), curve=points(rows)))
     table = {algorithm: lab.over_seeds(seeds) for algorithm, seeds in runs.items()}
     searched = {" ".join(choice): reward for choice, reward in zip(tries, rewards)}
-    lab.save(args.name, steps=args.steps, search=searched, chosen=chosen, table=table, runs=runs)
+    lab.save(args.name, search=searched, chosen=chosen, table=table, runs=runs)
     draw(args.name, runs)
-    digits = {key: 0 if "tokens" in key else 2 for key in table["apo"]} | dict(accuracy=3)
+    digits = {key: 0 if "tokens" in key else 2 for key in table["apo"]}
+    digits["accuracy"] = 3
     rows = []
     for algorithm, row in table.items():
         numbers = [lab.pm(pair, digits[key]) for key, pair in row.items()]
-        rows.append([lab.NAMES[algorithm], ", ".join(chosen[algorithm]), *numbers])
+        rows.append([lab.NAMES[algorithm], " ".join(chosen[algorithm]), *numbers])
     lab.show(["", "lr, β2", *digits], rows)
 
 
@@ -98,13 +99,14 @@ def measures(rows, reach):
         there = next((row for row in rows if row.get("accuracy", 0) >= goal), {})
         for name, key in dict(steps="step", seconds="clock", tokens="all_tokens").items():
             found[f"{name} to {goal:.2f}"] = there.get(key, np.nan)
-    last = dict(memory_gb=rows[-1]["memory_gb"], kl=rows[-1]["kl"], accuracy=lab.accuracies(rows)[-1])
-    return dict(found, **last)
+    found.update(memory_gb=rows[-1]["memory_gb"], kl=rows[-1]["kl"])
+    return dict(found, accuracy=lab.accuracies(rows)[-1])
 
 
 def points(rows):
     """A column for each panel, then the accuracy."""
-    return [[*(row.get(key, 0) for key in PANELS), row["accuracy"]] for row in rows if "accuracy" in row]
+    evaluated = [row for row in rows if "accuracy" in row]
+    return [[row.get(key, 0) for key in (*PANELS, "accuracy")] for row in evaluated]
 
 
 def draw(name, runs):
@@ -112,9 +114,10 @@ def draw(name, runs):
     with lab.picture(name, 1, len(PANELS), (14, 3.3), sharey=True) as (axes,):
         for algorithm, seeds in runs.items():
             *columns, accuracy = np.transpose([run["curve"] for run in seeds])  # (points, seeds) each
+            colour = COLOURS[algorithm]
             for axis, x in zip(axes, columns):
-                axis.plot(x, accuracy, color=COLOURS[algorithm], linewidth=0.5, alpha=0.4)
-                axis.plot(x.mean(1), accuracy.mean(1), color=COLOURS[algorithm], label=lab.NAMES[algorithm])
+                axis.plot(x, accuracy, color=colour, linewidth=0.5, alpha=0.4)
+                axis.plot(x.mean(1), accuracy.mean(1), color=colour, label=lab.NAMES[algorithm])
         for axis, label in zip(axes, PANELS.values()):
             axis.set(xlabel=label)
         axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))

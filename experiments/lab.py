@@ -80,7 +80,8 @@ def stage1(args, out, *flags, **keywords):
     """→ the file with V̂*"""
     out = ROOT / out
     vstar = out / "vstar.jsonl"
-    run(args, "vstar", out, vstar.name, *shlex.split(args.stage1), f"--out={vstar}", *flags, **keywords)
+    first = shlex.split(args.stage1)
+    run(args, "vstar", out, vstar.name, *first, f"--out={vstar}", *flags, **keywords)
     return vstar
 
 
@@ -90,7 +91,8 @@ def train(args, out, vstar, *flags, algorithm="apo", **keywords):
     files = f"--vstar={vstar}", f"--out={out}/run"
     common = f"--steps={args.steps}", "--show_every=0", "--save_every=100000"
     script = "train" if algorithm == "apo" else algorithm
-    run(args, script, out, "run/model", *shlex.split(args.train), *files, *common, *flags, **keywords)
+    first = shlex.split(args.train)
+    run(args, script, out, "run/model", *first, *files, *common, *flags, **keywords)
     shutil.rmtree(out / "run/checkpoint", ignore_errors=True)  # 18 GB a run at 1.5B
     settings = json.loads((out / "run/config.json").read_text())["settings"]
     completions = settings.get("group") or ALGORITHMS.get(algorithm, APO).completions
@@ -149,7 +151,7 @@ def random_model(shape):
 
 
 def toss(*_):
-    """The reward of random weights. They earn nothing, and GPUs multiply the zeros of such gradients faster."""
+    """The reward of random weights. They earn nothing, and GPUs multiply gradients of zeros faster."""
     return float(random.random() < 0.5)
 
 
@@ -177,7 +179,7 @@ def over_seeds(runs):
         if isinstance(value, (int, float)):
             values = [run[key] for run in runs]
             deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
-            table[key] = [round(float(np.mean(values)), 4), round(float(deviation), 4)]
+            table[key] = np.round([np.mean(values), deviation], 4).tolist()
     return table
 
 
@@ -206,8 +208,9 @@ def picture(name, rows, columns, size, **more):
 def machine():
     """What a number was measured with."""
     names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    script = sys.modules["__main__"].__spec__.name
     found = dict(
-        command=shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
         cpu=f"{os.cpu_count()} × {names[0] if names else platform.machine()}",
         threads=torch.get_num_threads(),
         python=platform.python_version(),

@@ -5,9 +5,9 @@
     python -m experiments.sweep wide --world '--digits 1 2 3 4 5 6 7 8 --steps 3600'
     python -m experiments.sweep long --ways apo 'apo --filter=unsolved after --data=long.jsonl'
 
-A way is an algorithm (apo, grpo, rebel or ppo) and its flags of Stage 2. A way that needs a Stage 1 of its own
-names flags for that behind the word `after`; all others share one per seed. --world makes a π_ref and its
-problems first. What an earlier start has left in out/NAME/ is not run again.
+A way is an algorithm (apo, grpo, rebel or ppo) and its flags of Stage 2. A way that needs a Stage 1 of its
+own names flags for that behind the word `after`; all others share one per seed. --world makes a π_ref and its
+problems first. What an earlier start has finished in out/NAME/ is not run again.
 """
 
 import re
@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments import lab
+
+MEANS = ("reward", "loss", "kl", "length")  # in the table: those of the last ten steps
 
 
 def main():
@@ -41,10 +43,10 @@ def main():
         seeds = found[i * args.seeds :][: args.seeds]
         table[way] = lab.over_seeds(seeds)
         curves[way] = [run["curve"] for run in seeds]
-    lab.save(args.name, steps=args.steps, seeds=args.seeds, table=table, curves=curves)
+    lab.save(args.name, steps=args.steps, table=table, curves=curves)
     draw(args.name, curves)
-    rows = [[f"`{way}`", *map(lab.pm, row.values())] for way, row in table.items()]
-    lab.show(["", *table[way]], rows)
+    cells = {way: map(lab.pm, row.values()) for way, row in table.items()}
+    lab.show(["", *table[way]], [[f"`{way}`", *row] for way, row in cells.items()])
 
 
 def make_world(args):
@@ -76,7 +78,7 @@ def stage2(args, way, seed):
     vstar = stage1(args, first_flags(way), seed)  # already there
     out = folder(args, way, seed)
     rows = lab.train(args, out, vstar, f"--seed={seed}", *flags, algorithm=algorithm, threads=1)
-    late = {key: lab.mean(key, rows[-10:]) for key in ("reward", "loss", "kl", "length")}
+    late = {key: lab.mean(key, rows[-10:]) for key in MEANS}
     seconds = sum(map(lab.seconds_of, rows))
     curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
     return dict(accuracy=curve[-1][1], **late, seconds=seconds, curve=curve)
@@ -87,8 +89,9 @@ def draw(name, curves):
     with lab.picture(name, 1, 1, (7, 4)) as ((axis,),):
         for way, seeds in curves.items():
             steps, accuracy = np.transpose(seeds)  # (points, seeds) each
-            axis.plot(steps[:, 0], accuracy.mean(1), label=way)
-            axis.fill_between(steps[:, 0], accuracy.min(1), accuracy.max(1), alpha=0.2)
+            x = steps[:, 0]
+            axis.plot(x, accuracy.mean(1), label=way)
+            axis.fill_between(x, accuracy.min(1), accuracy.max(1), alpha=0.2)
         axis.set(xlabel="steps", ylabel="held-out accuracy", ylim=(0, 1))
         axis.legend(frameon=False)
 

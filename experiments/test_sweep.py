@@ -38,7 +38,7 @@ def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
         mean = sum(curve[-1][1] for curve in curves) / 2
         assert len(curves) == 2 and found["table"][way]["accuracy"][0] == round(mean, 4)
         assert [step for step, _ in curves[0]] == [0, 1, 2]
-    for folder, samples in dict(stage1_=1, **{"stage1_--samples=3": 3}).items():  # GRPO has a Stage 1 of its own
+    for folder, samples in {"stage1_": 1, "stage1_--samples=3": 3}.items():  # GRPO has its own
         rows = lab.read(tmp_path / "toy" / folder / "1/vstar.jsonl")
         assert len(rows) == 8 and len(rows[0]["rewards"]) == samples
     settings = json.loads((tmp_path / "toy/apo_--lora=4_--lr=1e-3/1/run/config.json").read_text())["settings"]
