@@ -1,9 +1,9 @@
 """The paper's comparison: A*-PO, GRPO, REBEL and PPO on the same prompts, from the same π_ref, in one loop.
 
-    python -m experiments.compare                                                          the embedded world
+    python -m experiments.compare                                                     the embedded world
     python -m experiments.compare --name compare-math --launch 'torchrun --nproc_per_node 8' --jobs 1 \\
         --lrs 1e-6 3e-6 --betas 1e-3 1e-4 --seeds 3 --steps 300 \\
-        --stage1 '--model Qwen/Qwen2.5-1.5B --data math' --train '--eval_data math500'         a real model
+        --stage1 '--model Qwen/Qwen2.5-1.5B --data math' --train '--eval_data math500'    a real model
 
 First a search gives each algorithm its lr and its β2, the weight of the KL. All pairs are tried on one seed of
 its own, and the highest mean reward wins. (The reward is the training prompts'; the held-out problems take no
