@@ -1,14 +1,14 @@
 """The paper's comparison: A*-PO, GRPO, REBEL and PPO on the same prompts, from the same π_ref, in one loop.
 
-    python -m experiments.compare                                                     the embedded world
+    python -m experiments.compare                                              the embedded world
     python -m experiments.compare --name compare-math --launch 'torchrun --nproc_per_node 8' --jobs 1 \\
         --lrs 1e-6 3e-6 --betas 1e-3 1e-4 --seeds 3 --steps 300 \\
         --stage1 '--model Qwen/Qwen2.5-1.5B --data math' --train '--eval_data math500'    a real model
 
 First a search gives each algorithm its lr and its β2, the weight of the KL. All pairs are tried on one seed of
-its own, and the highest mean reward wins. (The reward is the training prompts'; the held-out problems take no
-part.) Then each seed is run, one at a time, and timed. A*-PO's seconds and tokens include its Stage 1. What an
-earlier start has left in out/NAME/ is not run again. → experiments/results/NAME.json and NAME.png
+its own; the highest mean reward wins. (That is the reward of the training prompts; the held-out problems take
+no part.) Then each seed is run, one at a time, and timed. A*-PO's seconds and tokens include its Stage 1. What
+an earlier start has finished in out/NAME/ is not run again. → experiments/results/NAME.json and NAME.png
 """
 
 import re
@@ -57,7 +57,7 @@ def main():
     rows = []
     for algorithm, row in table.items():
         numbers = [lab.pm(pair, digits[key]) for key, pair in row.items()]
-        rows.append([lab.NAMES[algorithm], " ".join(chosen[algorithm]), *numbers])
+        rows.append([lab.NAMES[algorithm], ", ".join(chosen[algorithm]), *numbers])
     lab.show(["", "lr, β2", *digits], rows)
 
 
@@ -122,7 +122,6 @@ def draw(name, runs):
             axis.set(xlabel=label)
         axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))
         axes[0].legend(frameon=False)
-        axes[1].set_xscale("log")
 
 
 if __name__ == "__main__":
