@@ -5,10 +5,10 @@
         --lrs 1e-6 3e-6 --betas 1e-3 1e-4 --seeds 3 --steps 300 \\
         --stage1 '--model Qwen/Qwen2.5-1.5B --data math' --train '--eval_data math500'    a real model
 
-First a search gives each algorithm its lr and its β2, the weight of the KL. All pairs are tried on one seed of
-its own; the highest mean reward wins. (That is the reward of the training prompts; the held-out problems take
-no part.) Then each seed is run, one at a time, and timed. A*-PO's seconds and tokens include its Stage 1. What
-an earlier start has finished in out/NAME/ is not run again. → experiments/results/NAME.json and NAME.png
+First a search gives each algorithm its lr and its β2, the weight of the KL. All pairs are tried on one seed
+of its own; the highest mean reward wins. (That is the reward of the training prompts; the held-out problems
+take no part.) Then each seed is run, one at a time, and timed. A*-PO's seconds and tokens include its Stage 1.
+What an earlier start has finished in out/NAME/ is not run again. → experiments/results/NAME.json, NAME.png
 """
 
 import re
