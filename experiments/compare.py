@@ -7,7 +7,7 @@
 
 First a search gives each algorithm its lr and its β2, the weight of the KL. All pairs are tried on one seed
 of its own; the highest mean reward wins. (That is the reward of the training prompts; the held-out problems
-take no part.) Then each seed is run, one at a time, and timed. A*-PO's seconds and tokens include its Stage 1.
+take no part.) Then each seed is run by itself and timed. A*-PO's seconds and tokens include its Stage 1.
 What an earlier start has finished in out/NAME/ is not run again. → experiments/results/NAME.json, NAME.png
 """
 
