@@ -167,6 +167,15 @@ def test_vstar_against_high_precision(beta1, n):
         assert estimate_vstar(values, beta1) == pytest.approx(exact, rel=1e-12, abs=1e-12)
 
 
+def test_between_prompts_is_what_vstar_can_know():
+    """Prompts that are solved with chance 0.2 or 0.8: 0.09 of the variance 0.25 lies between them, for any N."""
+    rng, chance = np.random.default_rng(0), np.repeat([0.2, 0.8], 20_000)[:, None]
+    for n in (2, 8):
+        assert vstar.between_prompts((rng.random((40_000, n)) < chance) * 1.0) == pytest.approx(0.36, abs=0.02)
+    assert vstar.between_prompts(np.array([[1.0, 1.0], [0.0, 0.0]])) == 1
+    assert vstar.between_prompts(np.array([[1.0, 0.0], [0.0, 1.0]])) == 0
+
+
 def test_pass_at_k_counts_subsets():
     for row in product([0, 1], repeat=5):
         for k in range(1, 6):
