@@ -168,10 +168,11 @@ def test_vstar_against_high_precision(beta1, n):
 
 
 def test_between_prompts_is_what_vstar_can_know():
-    """Prompts that are solved with chance 0.2 or 0.8: 0.09 of the variance 0.25 lies between them, for any N."""
+    """Prompts that are solved with chance 0.2 or 0.8: 0.09 of the variance 0.25 lies between them."""
     rng, chance = np.random.default_rng(0), np.repeat([0.2, 0.8], 20_000)[:, None]
     for n in (2, 8):
-        assert vstar.between_prompts((rng.random((40_000, n)) < chance) * 1.0) == pytest.approx(0.36, abs=0.02)
+        share = vstar.between_prompts((rng.random((40_000, n)) < chance) * 1.0)
+        assert share == pytest.approx(0.36, abs=0.02)  # for any N
     assert vstar.between_prompts(np.array([[1.0, 1.0], [0.0, 0.0]])) == 1
     assert vstar.between_prompts(np.array([[1.0, 0.0], [0.0, 1.0]])) == 0
 
@@ -888,10 +889,10 @@ def test_final_model_is_the_trained_policy(trained):
 
 @whole
 @pytest.mark.parametrize("lora", [[], long_value(["--lora=4", "--lr=3e-3"])])
-def test_stage2_killed_and_restarted(lora, trained, all_rows, tmp_path):
-    """kill -9 while it trains, and while a checkpoint is being written: the same bits in the end."""
-    out, command = tmp_path / "run", stage2(all_rows, tmp_path / "run", *lora)
-    undisturbed = trained[0]
+def test_stage2_killed_stopped_and_restarted(lora, trained, all_rows, tmp_path):
+    """kill -9 while a checkpoint is being written, and a SIGTERM, which saves: the same bits in the end."""
+    out, undisturbed = tmp_path / "run", trained[0]
+    command, path = stage2(all_rows, out, *lora), out / "metrics.jsonl"
     if lora:
         undisturbed = tmp_path / "undisturbed"
         inside(*stage2(all_rows, undisturbed, *lora))
@@ -901,35 +902,24 @@ def test_stage2_killed_and_restarted(lora, trained, all_rows, tmp_path):
         # weight, two moments, a count
         assert len(tensors) == 4 * 28 and all("lora" in name for name in tensors)
     process = start(*command)
-    wait_until(lambda: (out / "checkpoint/00000002").exists(), process)
+    wait_until(lambda: list(out.glob("checkpoint/00000002*")), process)  # it is saving
     kill(process)
-    process = start(*command)
-    wait_until(lambda: list(out.glob("checkpoint/*.tmp")), process)  # it is saving
-    kill(process)
-    with open(out / "metrics.jsonl", "a") as file:
+    with open(path, "a") as file:
         file.write('{"step": 7, "lo')  # a torn line
-    inside(*command)
-    assert metrics(out) == metrics(undisturbed) and weights(out) == weights(undisturbed)
-    assert not list(out.glob("**/*.tmp"))
-    for name in ("000001.jsonl", "000003.jsonl", "000006.jsonl"):
-        assert (out / "samples" / name).read_bytes() == (undisturbed / "samples" / name).read_bytes()
 
-
-@whole
-def test_sigterm_saves_and_says_how_to_resume(trained, all_rows, tmp_path):
-    out, command = tmp_path / "run", stage2(all_rows, tmp_path / "run", "--save_every=100")
-    process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    path = out / "metrics.jsonl"
-    wait_until(lambda: path.exists() and len(path.read_text()) > 1500, process)
+    process = start(*command, "--save_every=100", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_until(lambda: path.read_text().count("\n") > 3, process)  # the next step is done
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "the same command resumes from here" in output
     assert "stopping after this step\n" in output  # at once: a step may take a minute
-    assert 1 <= len(list((out / "checkpoint").iterdir())) <= 2
     inside(*command)
-    assert metrics(out) == metrics(trained[0])
-    assert weights(out) == weights(trained[0])
+    assert metrics(out) == metrics(undisturbed)
+    assert weights(out) == weights(undisturbed)
+    assert not list(out.glob("**/*.tmp"))
+    for name in ("000001.jsonl", "000003.jsonl", "000006.jsonl"):
+        assert (out / "samples" / name).read_bytes() == (undisturbed / "samples" / name).read_bytes()
 
 
 @whole
@@ -941,7 +931,7 @@ def test_two_ranks_train_like_one(trained, all_rows, tmp_path):
 
 @whole
 def test_it_learns(all_rows, tmp_path):
-    rows = learns(stage2(all_rows, tmp_path, "--steps=25"), tmp_path)
+    rows = learns(stage2(all_rows, tmp_path, "--steps=16"), tmp_path)
     assert train.diagnose(rows, some_args()) == {}
 
 
@@ -1028,7 +1018,7 @@ def test_a_wrong_reference_stops_the_run(all_rows, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "load_model", other_reference)
     done = inside(*stage2(all_rows, tmp_path, "--steps=1"), check=False)
-    refused(done, "at step 0 π and π_ref should agree", alone=False)
+    refused(done, "π and π_ref should agree", alone=False)
 
 
 @whole

@@ -88,7 +88,7 @@ def test_flags(monkeypatch, capsys):
     ("--prompt={nums}", ["train/00000", "no field 'nums'"]),
     ("--stop=12", ["--stop '12'", "['1', '2']"]),
     ("--out=tiny", ["--out tiny would take the place of --model"]),
-    ("--reward=nowhere.py:judge", ["nowhere.py", "no such file"]),
+    ("--reward=nowhere.py:judge", ["--reward nowhere.py:judge"]),
     ("--max_new_tokens=510", ["train/00000", "window of 512"]),
     ("--data=nonsense", ["unknown data set 'nonsense'"]),
     ("--engine=vllm", ["--engine vllm"]),

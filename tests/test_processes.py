@@ -29,23 +29,7 @@ from tests.helpers import (
     torchrun,
     wait_until,
     weights,
-    whole,
 )
-
-
-@whole
-def test_ctrl_c_says_how_to_resume(undisturbed, tmp_path):
-    out = tmp_path / "vstar.jsonl"
-    # a shell's background job does not listen, nor do its children
-    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = start(*stage1(out), stderr=subprocess.PIPE, preexec_fn=listens)
-    wait_until(lambda: list(tmp_path.glob("*/*.jsonl")), process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command resumes from here" in errors
-    assert "Traceback" not in errors
-    inside(*stage1(out))
-    assert out.read_bytes() == undisturbed[0].read_bytes()
 
 
 @long

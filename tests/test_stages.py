@@ -70,14 +70,17 @@ class Counter:
         pass
 
 
-@pytest.mark.parametrize("n,chunks",
-                         [(8, [32] * 3 + [4]), (1, [100]), (300, [1] * 100)])
-def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
+@pytest.mark.parametrize("n,decode_rows,chunks,more_chunks", [
+    (8, 256, [32] * 3 + [4], [32] * 3 + [4]),
+    (1, 256, [100], [32] * 3 + [4]),
+    (8, 4, [1] * 100, [1] * 100),
+])
+def test_a_chunk_is_counted_in_answers(n, decode_rows, chunks, more_chunks, tmp_path, monkeypatch):
     """--decode_rows of them; and each process has work, where there are fewer chunks than processes."""
     sampler, exist = Counter(), vstar.existing_rows
     monkeypatch.setattr(vstar, "make_sampler", lambda *_: sampler)
     monkeypatch.setattr(vstar, "barrier", lambda *_: None)
-    args = some_args(samples=n, decode_rows=256, out=tmp_path / "v.jsonl", seed=0)
+    args = some_args(samples=n, decode_rows=decode_rows, out=tmp_path / "v.jsonl", seed=0)
     tokenizer = SimpleNamespace(decode=lambda tokens, **_: f"\\boxed{{{tokens[0]}}}")
     problems = [dict(id=f"{i:03d}", question="", answer=str(i // 2 * 2),
                      tokens=[i]) for i in range(100)]
@@ -90,7 +93,7 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     assert sample_all(n) == [(size, 0) for size in chunks]
     graded = [row["rewards"] for row in read_jsonl(args.out)]
     assert graded == [[1.0] * n, [0.0] * n] * 50  # each has its own
-    assert sample_all(n + 8) == [(32, n)] * 3 + [(4, n)]  # the 8 that are new
+    assert sample_all(n + 8) == [(size, n) for size in more_chunks]  # the 8 that are new
     assert {len(row["responses"]) for row in read_jsonl(args.out)} == {n + 8}
     assert {len(row["responses"]) for row in vstar.read_rows(args.out, n)} == {n}
     monkeypatch.setattr(vstar, "existing_rows", lambda out: {})  # as if other nodes' files were not here
@@ -111,6 +114,23 @@ def test_a_chunk_is_counted_in_answers(n, chunks, tmp_path, monkeypatch):
     assert min(size for size, _ in asked) >= (9 if n == 1 else 1)
     ids = [problem["id"] for problem in problems]
     assert [row["id"] for row in read_jsonl(args.out)] == ids  # not as the parts lie there
+
+
+@whole
+def test_ctrl_c_says_how_to_resume(undisturbed, tmp_path, monkeypatch):
+    out, write = tmp_path / "vstar.jsonl", vstar.write_rows
+
+    def interrupted(path, rows):
+        write(path, rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vstar, "write_rows", interrupted)
+    done = inside(*stage1(out), check=False)
+    assert done.returncode == 130 and "the same command resumes from here" in done.stderr
+    assert "Traceback" not in done.stderr and len(list(tmp_path.glob("*/*.jsonl"))) == 1
+    monkeypatch.undo()
+    inside(*stage1(out))
+    assert out.read_bytes() == undisturbed[0].read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------
