@@ -27,7 +27,7 @@ def main():
     for length in args.lengths:
         for engine in ("transformers", "vllm"):
             out = lab.ROOT / f"out/engines/{args.dtype}-{length}-{engine}"
-            lab.run(args, "vstar", out, "vstar.png", f"--model={args.model}", f"--data={args.data}", "--chat",
+            lab.run(args, "vstar", out, "vstar.jsonl", f"--model={args.model}", f"--data={args.data}", "--chat",
                     f"--prompt={args.prompt}", f"--limit={args.prompts}", "--samples=1", f"--max_new_tokens={length}",
                     f"--engine={engine}", f"--dtype={args.dtype}", f"--out={out}/vstar.jsonl")
             tokens, seconds = stage1_cost(out)
