@@ -4,14 +4,15 @@
     python -m experiments.gpu --toy      → out/gpu-toy/gpu.json: every part at toy size, on any CPU
 
 bf16, fp32           the embedded world from start to end; both should reach the same accuracy
-restart              the run of bf16 goes on from its last checkpoint but one, in another process: the same numbers?
-transformers, vllm   each engine's log-probabilities against the trainer's, before and after real updates; its greedy
-                     answers against those of the decode loop, one prompt at a time; what vLLM's sleep gives back
-phases               speed/phases.py in the shape of Qwen2.5-1.5B, full and with --lora 16: seconds, and the memory
-                     beside the plan's
+restart              the run of bf16 again from its last checkpoint but one, in another process: same numbers?
+transformers, vllm   each engine's log-probabilities against the trainer's, before and after real updates; its
+                     greedy answers against those of the decode loop, one prompt at a time; what vLLM's sleep
+                     gives back
+phases               speed/phases.py in the shape of Qwen2.5-1.5B, full and with --lora 16: seconds, and the
+                     memory beside the plan's
 
-Each part is a process of its own and leaves out/gpu/PART.json and PART.log. What is there is not run again; to
-repeat a part, remove its file.
+Each part is a process of its own and leaves out/gpu/PART.json and PART.log. What is there is not run again.
+To repeat a part, remove its file.
 """
 
 import argparse
@@ -37,11 +38,12 @@ from vstar import TransformersSampler, remove, run_script
 
 def main():
     parser = lab.make_parser(__doc__)
-    parser.add_argument("--out", type=Path, help="the folder of the parts; default: out/gpu, with --toy out/gpu-toy")
+    parser.add_argument("--out", type=Path, help="default: out/gpu, with --toy out/gpu-toy")
     parser.add_argument("--toy", action="store_true", help="toy size, on a CPU too; the numbers mean nothing")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.out = (args.out or lab.ROOT / ("out/gpu-toy" if args.toy else "out/gpu")).resolve()
+    default = lab.ROOT / ("out/gpu-toy" if args.toy else "out/gpu")
+    args.out = (args.out or default).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available() and not args.toy:
         fail("no CUDA GPU (--toy runs every part at toy size on a CPU)")
@@ -53,35 +55,35 @@ def main():
         found["difference"] = difference(found["bf16"], found["fp32"])
         print(line("difference", found["difference"]))
     lab.save(args.out / "gpu" if args.toy else "gpu", **found)
-    if any("failed" in result or not result.get("holds", True) for result in found.values()):
-        fail("not all of it holds")
+    for part, result in found.items():
+        if "failed" in result or not result.get("holds", True):
+            fail(f"{part} does not hold")
 
 
 def result_of(args, part):
     """What a part found, now or at an earlier start. Each is a process of its own."""
-    path = args.out / f"{part}.json"
-    able = part != "vllm" or importlib.util.find_spec("vllm")
-    if able and not path.exists():
-        command = [sys.executable, "-m", __spec__.name, "--part", part, "--out", args.out, *["--toy"] * args.toy]
-        with open(args.out / f"{part}.log", "w") as log:
-            subprocess.run(command, cwd=lab.ROOT, stdout=log, stderr=subprocess.STDOUT)
-    if path.exists():
-        result = json.loads(path.read_text())
+    path, log = args.out / f"{part}.json", args.out / f"{part}.log"
+    if part == "vllm" and not importlib.util.find_spec("vllm"):
+        result = dict(skipped="vLLM is not installed")
     else:
-        result = dict(failed=f"see {path.with_suffix('.log')}") if able else dict(skipped="vLLM is not installed")
+        if not path.exists():
+            command = [sys.executable, "-m", __spec__.name, "--part", part, "--out", args.out]
+            with open(log, "w") as file:
+                subprocess.run([*command, *["--toy"] * args.toy], cwd=lab.ROOT, stdout=file, stderr=file)
+        result = json.loads(path.read_text()) if path.exists() else dict(failed=f"see {log}")
     print(line(part, result), flush=True)
     return result
 
 
 def line(part, result):
     """A row of the table; what has numbers of its own gets a line each."""
-
-    def text(values):
-        return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                         for name, value in values.items() if not isinstance(value, dict))
-
-    inner = [f"\n{'':15s}{name}: {text(values)}" for name, values in result.items() if isinstance(values, dict)]
-    return f"{part:14s} {text(result)}" + "".join(inner)
+    words, below = [], ""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            below += "\n  " + line(name, value)
+        else:
+            words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return f"{part:16s}{', '.join(words)}{below}"
 
 
 def script(module, *flags):
@@ -103,9 +105,9 @@ def stage1(args):
 
 
 def train_world(args, dtype, out):
-    toy = "--steps=4 --batch_size=32 --save_every=2 --eval_every=2 --eval_limit=64".split() if args.toy else []
+    toy = "--steps=4 --batch_size=32 --save_every=2 --eval_every=2 --eval_limit=64" if args.toy else ""
     script(train, "@tiny/train.args", "--engine=transformers", f"--dtype={dtype}", f"--vstar={stage1(args)}",
-           f"--out={out}", "--show_every=0", *toy)
+           f"--out={out}", "--show_every=0", *toy.split())
     return lab.read(out / "metrics.jsonl")
 
 
@@ -113,7 +115,8 @@ def world(args, dtype):
     rows = train_world(args, dtype, args.out / "world" / dtype)
     measured = lab.accuracies(rows)
     steps = [row for row in rows if row["step"] > 1]
-    return dict(accuracy=measured[-1], accuracy_before=measured[0], mismatch=max(row["mismatch"] for row in steps),
+    return dict(accuracy=measured[-1], accuracy_before=measured[0],
+                mismatch=max(row["mismatch"] for row in steps),
                 seconds_a_step=float(np.mean([lab.seconds_of(row) for row in steps])))
 
 
@@ -131,14 +134,15 @@ def restart(args):
     remove(again / "model")
     before, old = train.last_checkpoint(again), lab.read(first / "metrics.jsonl")
     new = train_world(args, "bfloat16", again)
-    old, new = ([row for row in rows if row["step"] > before] for rows in (old, new))
     for row in old + new:
         for key in ("seconds", "tokens_per_second", "memory_gb"):
-            del row[key]
+            row.pop(key, None)
+    pairs = [(one, other) for one, other in zip(old, new) if one["step"] > before]
     # the next step is a function of the checkpoint alone; later ones also of the order of a GPU's sums
-    off = max(abs(old[0][key] - new[0][key]) / (abs(old[0][key]) + 1e-3) for key in old[0])
+    one, other = pairs[0]
+    off = max(abs(one[key] - other[key]) / (abs(one[key]) + 1e-3) for key in one)
     return dict(holds=len(old) == len(new) and off < 0.01, went_on_after=before, next_step_off_by=off,
-                steps=len(old), steps_alike_to_the_bit=sum(one == other for one, other in zip(old, new)))
+                steps=len(pairs), steps_alike_to_the_bit=sum(one == other for one, other in pairs))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,12 +184,13 @@ def greedy_alike(run, rows, eos):
     with run.sampler.holding(run.policy):
         engines = run.sampler.generate(prompts, 1, zeros)
     settings["temperature"] = usual
-    return float(np.mean([one.tokens == other.tokens for (one,), (other,) in zip(alone, engines)]))
+    alike = [one.tokens == other.tokens for (one,), (other,) in zip(alone, engines)]
+    return sum(alike) / len(alike)
 
 
 def pushed(run, rows, push):
-    """An update between two pushes. How far (nats a token) are the engine's log-probabilities off the weights that
-    it should have, off π_ref's, and off the weights after the update, as they would be if the next push failed?"""
+    """An update between two pushes. How far (nats a token) are the engine's log-probabilities off the weights
+    that it should have, off π_ref's, and off the weights after the update, as if the next push failed?"""
     samples = train.rollout(run, [(push * len(rows) + i, row) for i, row in enumerate(rows)])
     given = run.objective.given(run, samples)
     train.set_rate(run.optimizer, push, run.args)
@@ -203,8 +208,8 @@ def pushed(run, rows, push):
 
 
 def speed(args):
-    size = "--shape=toy --batch_size=4 --prompts=8 --tokens=16 --steps=2".split() if args.toy else []
-    script(phases, *size, "--only", "apo", "apo-lora", f"--name={args.out}/phases-results")
+    size = "--shape=toy --batch_size=4 --prompts=8 --tokens=16 --steps=2" if args.toy else ""
+    script(phases, *size.split(), "--only", "apo", "apo-lora", f"--name={args.out}/phases-results")
     found = json.loads((args.out / "phases-results.json").read_text())
     return dict(found["settings"], **found["results"])
 

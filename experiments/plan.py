@@ -2,7 +2,7 @@
 
     python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B                 Stage 2, with train.py's flags
     python -m experiments.plan 8xH100 --stage 1 --model Qwen/Qwen2.5-7B --data math     with vstar.py's flags
-    python -m experiments.plan 8xH100 --algorithm grpo --model Qwen/Qwen2.5-7B           with a baseline's, too
+    python -m experiments.plan 8xH100 --algorithm grpo --model Qwen/Qwen2.5-7B          with a baseline's, too
     python -m experiments.plan --vstar out/vstar.jsonl     on this machine; model and lengths are Stage 1's
 
 It reads the model's config alone and loads no weights. The weights, gradients and optimizer states of each
@@ -90,7 +90,8 @@ def lengths_of_stage1(args):
     """Mean tokens of a prompt and of a completion. `args` gets the rest from Stage 1, as in training."""
     rows, _ = train.read_stage1(args)
     vstar.ask(rows, args)
-    return np.mean([len(row["tokens"]) for row in rows]), np.mean([row["lengths"] for row in rows])
+    prompts = [len(row["tokens"]) for row in rows]
+    return np.mean(prompts), np.mean([row["lengths"] for row in rows])
 
 
 def settle(args, prompt):
@@ -123,8 +124,8 @@ def plan_training(args, objective, prompt, completion):
     """Prints what train.py will need; prompt and completion: mean tokens."""
     shape, on_gpu = load_shape(args.model, args.revision), args.gpu in GPUS
     parts = memory(shape, args, objective)
-    print(f"{args.model}: {shape.total:,} parameters, --algorithm {objective.name}, {args.ranks} × {args.gpu}")
-    print(f"computed in {args.dtype}, --engine {args.engine}; planned, not measured\n")
+    print(f"{args.model}: {shape.total:,} parameters, {args.ranks} × {args.gpu}, "
+          f"--algorithm {objective.name}, {args.dtype}, --engine {args.engine}; planned, not measured\n")
     print("on each " + ("GPU" if on_gpu else "process"))
     for name, size in parts.items():
         print(f"  {name:34s}{size:9.2f} GiB")
@@ -157,7 +158,7 @@ def networks_of(objective):
 
     trained = 1 + len(objective.networks(stand_in))
     sample = Sample(dict(tokens=[0], vstar=0.0), Completion([0], True, [0.0]), "", 0.0, 0)
-    run = Namespace(policy=stand_in("policy"), reference=stand_in("reference"), device=torch.device("cpu"))
+    run = Namespace(policy=stand_in("policy"), reference=stand_in("reference"), device="cpu")
     objective.given(run, [sample] * objective.completions)
     return trained, len(asked)
 
@@ -216,7 +217,8 @@ def step_floor(shape, args, objective, prompt, completion):
     bytes_read = waves * args.max_new_tokens * engine_bytes(args) * shape.read
     bytes_read += context * cache_per_token(shape, engine_bytes(args))
     sampling = bytes_read / bandwidth
-    sampling += (4 if vllm and not args.lora else b) * ring  # they are gathered before; vLLM gets fp32 weights
+    # before that they are gathered; vLLM gets fp32 weights
+    sampling += (4 if vllm and not args.lora else b) * ring
     forward = forward_flops(shape, rows, prompt, completion) / flops
     trained, before = networks_of(objective)  # a critic is of the policy's size
     # forward, again for the backward pass, and that is twice a forward: once for the states, and once for
@@ -259,14 +261,13 @@ def verdict(shape, args, objective):
         sampling = dict(gpu_memory=least_share(shape, args))
     else:
         sampling = dict(decode_rows=max(1, args.decode_rows // 8))
-    remedies = [dict(recompute="yes"), smaller, sampling, {**smaller, **sampling}]
-    for count in (2**k for k in range(1, 11) if 2**k > args.ranks):
+    remedies = [smaller, sampling, {**smaller, **sampling}]
+    for count in [2**k for k in range(1, 11)]:
         remedies += [dict(ranks=count), dict(ranks=count, **sampling)]
     for changes in remedies:
         if need(**changes) <= room:
-            named = [f"{value} GPUs" if key == "ranks" else f"--{key} {value}"
-                     for key, value in changes.items()]
-            return "it does not fit; it would with " + " and ".join(named)
+            named = " and ".join(f"--{key} {value}" for key, value in changes.items())
+            return "it does not fit; it would with " + re.sub(r"--ranks (\d+)", r"\1 GPUs", named)
     return "it does not fit, on any number of GPUs: each samples with the whole model"
 
 
@@ -359,8 +360,8 @@ class Live(TorchDispatchMode):
 
 @cache
 def activations(shape, dtype, rows, width, recompute, gpu, rank):
-    """→ the bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; those
-    kept from the forward pass for the backward pass; and the parameters that --lora adds"""
+    """→ the bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; of
+    these, what is kept from the forward pass for the backward pass; and the parameters that --lora adds"""
     with FakeTensorMode(), Live() as live:
         policy = Policy(transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype), recompute)
         if rank:
@@ -388,8 +389,8 @@ def activations(shape, dtype, rows, width, recompute, gpu, rank):
 
 
 def sampler_bytes(shape, args):
-    """The transformers engine: keys and values of all rows at their longest, one layer's once more, for each head
-    (that is how transformers attends where rows are padded), and two steps' logits."""
+    """The transformers engine: keys and values of all rows at their longest, one layer's once more, for each
+    head (that is how transformers attends where rows are padded), and two steps' logits."""
     text, b = shape.config.get_text_config(), getattr(torch, args.dtype).itemsize
     one_layer = 2 * text.num_attention_heads * head_size(text) * b
     logits = text.vocab_size * (3 * b + 4)
@@ -408,7 +409,7 @@ def cache_per_token(shape, size):
 
 
 def forward_flops(shape, rows, prompt, completion):
-    """Two per token and weight of the blocks, two per completion's token and weight of the head, and attention."""
+    """Two per token and weight of blocks, two per completion's token and weight of the head; attention"""
     text, width = shape.config.get_text_config(), prompt + completion
     inner = text.num_attention_heads * head_size(text)
     blocks, head = 2 * (shape.total - shape.rest), 2 * text.vocab_size * text.hidden_size

@@ -3,11 +3,12 @@
     python -m experiments.real                              → experiments/results/real.json, .png
     python -m experiments.real --ways full --seeds 1        both stages once, and the evaluation
 
-The prompt is `What is 12 + 34?`; nothing in it asks for \\boxed{}. So the model is shown a few demonstrations
-first, `12 + 34 = \\boxed{46}` (`warm_up`), a quarter of them wrong, and that is π_ref: half of its answers are
-right. Then come both stages: for each seed full training and --lora 16, and if --ways asks also the baselines,
-which get as many answers a step and the same learning rate (it was not tuned for them). evaluate.py measures
-pass@k. Restartable: what is in out/real/ is not run again. `--jobs 6` puts six runs on one GPU at a time.
+The prompt is `What is 12 + 34?`; nothing in it asks for \\boxed{}. So the model is shown a few
+demonstrations first, `12 + 34 = \\boxed{46}` (`warm_up`), a quarter of them wrong, and that is π_ref: half
+of its answers are right. Then come both stages: for each seed full training and --lora 16, and if --ways
+asks also the baselines, which get as many answers a step and the same learning rate (it was not tuned for
+them). evaluate.py measures pass@k. Restartable: what is in out/real/ is not run again. `--jobs 6` puts six
+runs on one GPU at a time.
 """
 
 import json
@@ -42,9 +43,8 @@ KS = (1, 2, 4, 8)
 
 def problems(count, seed=0):
     """Different sums of two numbers of two digits."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    chosen = random.Random(seed).sample(pairs, count)
-    return [dict(id=str(i), question=f"{a} + {b}", answer=str(a + b)) for i, (a, b) in enumerate(chosen)]
+    pairs = random.Random(seed).sample([*product(range(10, 100), repeat=2)], count)
+    return [dict(question=f"{a} + {b}", answer=str(a + b)) for a, b in pairs]
 
 
 def slip(rng, answer):
@@ -59,7 +59,8 @@ def warm_up(tokenizer, model, problems, steps, lr=5e-5, wrong=0.25, batch=16, se
     rng, policy = random.Random(seed), Policy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10) * (1 - step / steps)
+        warm = min(1, (step + 1) / 10)
+        optimizer.param_groups[0]["lr"] = lr * warm * (1 - step / steps)
         ids, mask = [], []
         for problem in rng.sample(problems, batch):
             prompt = tokenizer(PROMPT.format(**problem)).input_ids
@@ -81,8 +82,9 @@ def make_world(args):
     """The problems, and a π_ref that was shown none of those to train on and to test on."""
     sums = problems(4096)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, part in dict(train=sums[:768], test=sums[1024:1280]).items():
-        (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in part))
+    for name, first, end in ("train", 0, 768), ("test", 1024, 1280):
+        lines = map(json.dumps, sums[first:end])
+        (FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     if (FOLDER / "reference/tokenizer_config.json").exists():
         return
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -132,25 +134,26 @@ def one(args, way, seed):
     """Both stages and the evaluation."""
     algorithm, flags = WAYS[way]
     out, first = FOLDER / way / str(seed), stage1(args, seed)
-    rows = lab.train(args, out, first, f"--seed={seed}", *flags, algorithm=algorithm, threads=args.threads)
+    flags = [f"--seed={seed}", *flags]
+    rows = lab.train(args, out, first, *flags, algorithm=algorithm, threads=args.threads)
     seconds = lab.took(out, "train" if algorithm == "apo" else algorithm)
     if algorithm == "apo":  # the others do not need Stage 1
         seconds += lab.took(first.parent, "vstar")
-    last = {key: round(lab.mean(key, rows[-5:]), 4) for key in ("reward", "kl", "entropy", "length")}
+    last = {key: lab.mean(key, rows[-5:]) for key in ("reward", "kl", "entropy", "length")}
     memory = max(row["memory_gb"] for row in rows[1:])
-    curve = [[row["step"], round(row["accuracy"], 4)] for row in rows if "accuracy" in row]
-    return dict(measured(args, out / "eval", out / "run/model"), **last, minutes=round(seconds / 60, 2),
-                memory_gb=memory, curve=curve)
+    curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
+    passes = measured(args, out / "eval", out / "run/model")
+    return dict(passes, **last, minutes=seconds / 60, memory_gb=memory, curve=curve)
 
 
 def measured(args, folder, model):
-    """{pass@k} on problems that no run trains on; fp32 on a GPU too, since bf16 would round LoRA's additions away."""
+    """{pass@k} on problems that no run trains on; fp32 on a GPU too: bf16 would round LoRA's additions."""
     flags = [f"--model={model}", f"--data={FOLDER}/test.jsonl", *ASK, "--limit=128", f"--samples={KS[-1]}",
              "--dtype=float32", f"--out={folder}"]
     lab.run(args, "evaluate", folder, "results.json", *flags, threads=args.threads)
     (answers,) = folder.glob("*.jsonl.jsonl")
     rewards = np.array([row["rewards"] for row in lab.read(answers)])
-    return {f"pass@{k}": round(float(pass_at_k(rewards, k).mean()), 4) for k in KS}
+    return {f"pass@{k}": float(pass_at_k(rewards, k).mean()) for k in KS}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""How close to the machine's limit? The floors of the decode loop and of the update, and the share of them reached.
+"""How close to the machine's limit? The floors of the decode loop and of the update, and how near they come.
 
-    python -m experiments.speed.limits              → experiments/results/limits.json      (the embedded model)
-    python -m experiments.speed.limits --shape 1.5B --decode_rows 256 --prompt 128 --tokens 512      (for a GPU)
+    python -m experiments.speed.limits              → experiments/results/limits.json     (the embedded model)
+    python -m experiments.speed.limits --shape 1.5B --decode_rows 256 --prompt 128 --tokens 512    (for a GPU)
 
-decode floor    each step reads the weights once (not a table of embeddings that is no head), and the keys and values
-                of every row: (steps × weights + Σ rows × context × 2 × layers × KV heads × head size) × bytes, over
-                the bandwidth
+decode floor    each step reads the weights once (not a table of embeddings that is no head), and the keys and
+                values of every row: (steps × weights + Σ rows × context × 2 × layers × KV heads × head size)
+                × bytes, over the bandwidth
 update floor    forward FLOPs (2 × weights of the blocks × tokens + 2 × vocabulary × hidden × answers' tokens
-                + 2 × layers × heads × head size × Σ length² for the attention), times 3 with the backward pass, over
-                the peak; where blocks and the head are recomputed, the hardware does it times 4
+                + 2 × layers × heads × head size × Σ length² for the attention), times 3 with the backward
+                pass, over the peak; where blocks and the head are recomputed, the hardware does it times 4
 overhead        what the decode loop takes beyond the model's forward passes
 
-Bandwidth and peak are a GPU's data sheet (plan.py's table), or what a large copy and a large product of matrices
-reach.
+Bandwidth and peak are a GPU's data sheet (plan.py's table), or what a large copy and a large product of
+matrices reach.
 """
 
 import random
@@ -43,15 +43,15 @@ def main():
     add("--rounds", type=int, default=5, help="the median of so many counts, after one to warm up")
     add("--name", default="limits")
     args = parser.parse_args()
-    vars(args).update(dtype="auto", temperature=1.0, beta2=0.1, max_grad_norm=1.0)  # what a run has, for the update
+    vars(args).update(dtype="auto", temperature=1.0, beta2=0.1, max_grad_norm=1.0)  # for the update
     device = start_process(args, group=True)
     path = lab.random_model(args.shape) if args.shape else args.model
     dtype = getattr(torch, args.dtype)
     model = load_model(path, None, dtype, device).eval()
     shape = plan.load_shape(path)
     flops, bandwidth = limits()
-    results = dict(model=dict(path=args.shape or args.model, parameters=shape.total, dtype=args.dtype),
-                   machine_limit=dict(tflops=flops / 1e12, gb_per_second=bandwidth / 1e9),
+    named = dict(path=args.shape or args.model, parameters=shape.total, dtype=args.dtype)
+    results = dict(model=named, machine_limit=dict(tflops=flops / 1e12, gb_per_second=bandwidth / 1e9),
                    decode=decode(args, model, shape, dtype, bandwidth),
                    update=update(args, model, shape, dtype, flops, device))
     lab.save(args.name, **results)
@@ -71,7 +71,7 @@ def seconds_of(call, rounds):
 
 
 def limits():
-    """FLOP/s and bytes/s: a known GPU's data sheet, or what a large product of matrices and a large copy reach."""
+    """FLOP/s and bytes/s: a known GPU's data sheet, or what a large product and a large copy reach."""
     words = re.findall(r"\w+", torch.cuda.get_device_name()) if GPU else []  # L4 is not L40S
     for name, (_, flops, bandwidth, _) in plan.GPUS.items():
         if name in words:
@@ -111,24 +111,25 @@ def decode(args, model, shape, dtype, bandwidth):
         shares.append((time.perf_counter() - began) / inside[-1] - 1)
     model.forward = forward
     context = sum(len(prompt) + t for prompt in prompts for t in range(1, args.tokens))
-    floor = (args.tokens * shape.read * dtype.itemsize + context * plan.cache_per_token(shape, dtype.itemsize)) / bandwidth
-    return dict(batch=args.decode_rows, seconds=whole, tokens_per_second=args.decode_rows * args.tokens / whole,
-                floor_seconds=floor, share_of_floor=floor / whole, overhead_over_forward=float(np.median(shares[1:])))
+    weights = args.tokens * shape.read * dtype.itemsize
+    floor = (weights + context * plan.cache_per_token(shape, dtype.itemsize)) / bandwidth
+    written = args.decode_rows * args.tokens
+    return dict(batch=args.decode_rows, seconds=whole, tokens_per_second=written / whole, floor_seconds=floor,
+                share_of_floor=floor / whole, overhead_over_forward=float(np.median(shares[1:])))
 
 
 def update(args, model, shape, dtype, flops, device):
-    rng = random.Random(0)
-    completion = Completion([rng.randrange(1, 19) for _ in range(args.tokens)], True, [-1.0] * args.tokens)
-    samples = [train.Sample(dict(id=str(i), tokens=[1] * args.prompt, vstar=0.5, rewards=[1.0]), completion, "", 1.0, i)
-               for i in range(args.rows)]
+    completion = Completion([2] * args.tokens, True, [-1.0] * args.tokens)
+    problem = dict(id="0", tokens=[1] * args.prompt, vstar=0.5, rewards=[1.0])
+    samples = [train.Sample(problem, completion, "", 1.0, i) for i in range(args.rows)]
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     # fp32 masters, and on a GPU bf16 compute: FSDP2's code on a mesh of one, as in train.py
     policy = train.shard(train.Policy(model.float(), GPU), device, dtype, master=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=GPU)
     objective = train.APO(args)
-    run = SimpleNamespace(args=args, objective=objective, policy=policy, reference=policy, optimizer=optimizer,
-                          device=device)
+    run = SimpleNamespace(args=args, objective=objective, policy=policy, reference=policy,
+                          optimizer=optimizer, device=device)
     given = objective.given(run, samples)
     call = lambda: train.update(run, samples, given)
     seconds = seconds_of(call, args.rounds)

@@ -1,20 +1,22 @@
-"""This code beside TRL: the same model, problems, prompts a step, answer length and optimizer settings, in turns.
+"""This code beside TRL: the same model, problems, prompts a step, answer length and optimizer settings.
 
     pip install trl==1.16.0          (for this script alone)
-    python -m experiments.speed.peers                   → experiments/results/peers.json    (the embedded world)
+    python -m experiments.speed.peers                   → experiments/results/peers.json (the embedded world)
     python -m experiments.speed.peers --shape 0.5B --rounds 1 --steps 5      (random weights, a GPU)
-    python -m experiments.speed.peers --model M --data D.jsonl --test T.jsonl --prompt TEMPLATE --name peers-mine
+    python -m experiments.speed.peers --model M --data D.jsonl --test T.jsonl --prompt TEMPLATE --name mine
 
-A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its own, and
-in every round the order changes. Seconds are those of the work alone (no imports, no loading): Stage 1, and Stage 2
-a step, the first step left out. The memory is what an update needs beyond what was there when it began: on a GPU the
-growth of the peak allocation, on a CPU that of the peak RSS, in a short run of its own whose malloc gives back at
-once what is freed. Accuracy: evaluate.py on the finished model. What is in out/peers/ is not run again.
+A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its
+own, and in every round the order changes. Seconds are those of the work alone (no imports, no loading):
+Stage 1, and Stage 2 a step, the first step left out. The memory is what an update needs beyond what was
+there when it began: on a GPU the growth of the peak allocation, on a CPU that of the peak RSS, in a short
+run of its own whose malloc gives back at once what is freed. Accuracy: evaluate.py on the finished model.
+What is in out/peers/ is not run again.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -46,8 +48,8 @@ def main():
     add("--prompt", default="{question}")
     add("--name", help="of the results; default: peers, with --shape peers-SHAPE")
     add("--shape", choices=lab.SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
-    add("--microbatch", type=int, help="TRL's per_device_train_batch_size; default: for A*-PO, which samples as many "
-        "at a time, the whole batch; for GRPO what fills this code's micro-batches (256 rows with --shape, or 64)")
+    add("--microbatch", type=int, help="TRL's per_device_train_batch_size; default: for A*-PO, which samples "
+        "as many at a time, the whole batch; for GRPO 64, with --shape 256, as in this code's micro-batches")
     add("--only", nargs="+", default=PEERS, choices=PEERS)
     add("--child", nargs=2, metavar=("PEER", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -81,8 +83,9 @@ def one(args, peer, turn, *flags, **environment):
     if not (out / "result.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], *flags, "--child", peer, str(out)]
+        environment = {**os.environ, **environment}
         with open(out / "log", "w") as log:
-            run = subprocess.run(command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
+            run = subprocess.run(command, env=environment, stdout=log, stderr=log)
         if run.returncode:
             sys.exit(f"{peer} failed; see {out}/log")
     result = json.loads((out / "result.json").read_text())
@@ -98,8 +101,8 @@ def child(args, peer, out):
     result = (ours if code == "ours" else theirs)(args, algorithm, out)
     if not args.shape:
         model = out / ("run/model" if code == "ours" else "model")
-        flags = [f"--model={model}", f"--data={args.test}", f"--prompt={args.prompt}", "--limit=512", "--samples=4",
-                 f"--max_new_tokens={args.tokens}", "--decode_rows=1024", f"--out={out}/eval"]
+        flags = [f"--model={model}", f"--data={args.test}", f"--prompt={args.prompt}", "--limit=512",
+                 "--samples=4", f"--max_new_tokens={args.tokens}", "--decode_rows=1024", f"--out={out}/eval"]
         lab.run(args, "evaluate", out, "eval/results.json", *flags)
         (found,) = json.loads((out / "eval/results.json").read_text()).values()
         result["accuracy"] = next(iter(found.values()))["accuracy"]
@@ -107,8 +110,8 @@ def child(args, peer, out):
 
 
 class Peak:
-    """The most memory that an update needs beyond what was there when it began. (The first is left out: it allocates
-    the optimizer's states.)"""
+    """The most memory that an update needs beyond what was there when it began. (The first is left out: it
+    allocates the optimizer's states.)"""
 
     def __init__(self):
         self.before, self.found, step = None, [], torch.optim.AdamW.step
@@ -138,8 +141,8 @@ class Peak:
 
 
 def resident(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\s+(\d+)", status)[1]) * 1024
 
 
 def ours(args, algorithm, out):
@@ -147,12 +150,12 @@ def ours(args, algorithm, out):
     peak = Peak()
     train.update = peak.begins_with(train.update)
     engine = ["--decode_rows=1024", "--engine=transformers"]
-    first = [f"--model={args.model}", f"--data={args.data}", f"--prompt={args.prompt}", f"--limit={args.limit}",
-             f"--max_new_tokens={args.tokens}", f"--out={out}/vstar.jsonl"]
+    first = [f"--model={args.model}", f"--data={args.data}", f"--prompt={args.prompt}",
+             f"--limit={args.limit}", f"--max_new_tokens={args.tokens}", f"--out={out}/vstar.jsonl"]
     if args.shape:
         first.append("--reward=experiments/lab.py:toss")
-    second = [f"--vstar={out}/vstar.jsonl", "--beta2=0.1", f"--lr={args.lr}", "--warmup=5", f"--steps={args.steps}",
-              f"--batch_size={args.batch_size}", "--save_every=100000", f"--out={out}/run",
+    second = [f"--vstar={out}/vstar.jsonl", f"--out={out}/run", "--beta2=0.1", f"--lr={args.lr}",
+              "--warmup=5", f"--steps={args.steps}", f"--batch_size={args.batch_size}", "--save_every=100000",
               f"--tokens_per_microbatch={16384 if args.shape else 2048}"]
     lab.run(args, "vstar", out, "vstar.jsonl", *first, *engine)
     sys.argv = [algorithm, *[algorithm] * (algorithm != "apo"), *second, *engine]
@@ -164,7 +167,8 @@ def ours(args, algorithm, out):
     step = mean(*lab.PHASES)
     return dict(stage1_seconds=seconds, stage1_seconds_per_token=seconds / tokens,
                 sampling_seconds_a_step=mean("sampling", "reference"), update_seconds_a_step=mean("update"),
-                step_seconds=step, step_seconds_per_token=step / generated, update_memory_mb=max(peak.found[1:]))
+                step_seconds=step, step_seconds_per_token=step / generated,
+                update_memory_mb=max(peak.found[1:]))
 
 
 def timed(function, seconds):
@@ -245,11 +249,12 @@ def settings(args, out, answers):
     gpu, micro = torch.cuda.is_available(), args.microbatch
     if not micro:
         micro = answers if answers == args.batch_size else min(answers, 256 if args.shape else 64)
-    return dict(output_dir=out, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=5,
-                max_grad_norm=1.0, weight_decay=0.0, max_steps=args.steps, per_device_train_batch_size=micro,
-                gradient_accumulation_steps=answers // micro, max_completion_length=args.tokens, temperature=1.0,
-                bf16=gpu, gradient_checkpointing=gpu, report_to="none", save_strategy="no", use_cpu=not gpu,
-                logging_steps=1000, seed=0, remove_unused_columns=False)
+    return dict(output_dir=out, learning_rate=args.lr, lr_scheduler_type="constant_with_warmup",
+                warmup_steps=5, max_grad_norm=1.0, weight_decay=0.0, max_steps=args.steps,
+                per_device_train_batch_size=micro, gradient_accumulation_steps=answers // micro,
+                max_completion_length=args.tokens, temperature=1.0, bf16=gpu, gradient_checkpointing=gpu,
+                report_to="none", save_strategy="no", use_cpu=not gpu, logging_steps=1000, seed=0,
+                remove_unused_columns=False)
 
 
 def load(args):

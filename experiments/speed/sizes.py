@@ -1,6 +1,6 @@
 """The plan's numbers for Qwen2.5 1.5B to 72B: what fits on 1 to 64 H100s, and on one small card.
 
-    python -m experiments.speed.sizes        → experiments/results/sizes.json, and tables    (no weights, no GPU)
+    python -m experiments.speed.sizes     → experiments/results/sizes.json, and a list    (no weights, no GPU)
 """
 
 from argparse import Namespace
@@ -30,12 +30,13 @@ def asked(name, gpu, ranks, lora=None):
     if not folder.exists():
         lab.config_of(name).save_pretrained(folder)
     shape, args = plan.load_shape(str(folder)), make_parser(APO).parse_args([])
-    vars(args).update(stage=2, ranks=ranks, gpu=gpu, lora=lora, temperature=1.0, max_new_tokens=1024)
+    vars(args).update(stage=2, ranks=ranks, gpu=gpu, lora=lora)
+    vars(args).update(temperature=1.0, max_new_tokens=1024)  # Stage 1's
     plan.settle(args, 200)
     args.gpu_memory = plan.least_share(shape, args)
-    parts = plan.memory(shape, args, APO(args))
-    words = plan.verdict(shape, args, APO(args))
-    return dict(update_gib=round(plan.peak(dict(parts, sampling=0)), 1), fits=words == "it fits", words=words)
+    parts, words = plan.memory(shape, args, APO(args)), plan.verdict(shape, args, APO(args))
+    update = plan.peak(dict(parts, sampling=0))
+    return dict(update_gib=round(update, 1), fits=words == "it fits", words=words)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python vstar.py --model Qwen/Qwen2.5-1.5B --data out/hellaswag.jsonl \\
         --prompt '{question} Think step by step, then write the letter of the right choice in \\boxed{}.'
 
-Behind the question stand the choices with letters; the answer is the right one's letter. HellaSwag and CommonsenseQA
-keep the answers of their test split to themselves: measure on --split validation.
+Behind the question stand the choices with letters; the answer is the right one's letter. HellaSwag and
+CommonsenseQA keep the answers of their test split to themselves: measure on --split validation.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def main():
     args = parser.parse_args()
     rows = datasets.load_dataset(*SOURCES[args.name], split=args.split)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(problem(row)) + "\n" for row in rows))
+    lines = [json.dumps(problem(row)) for row in rows]
+    args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

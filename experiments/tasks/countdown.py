@@ -1,4 +1,4 @@
-"""Countdown: reach a target from given numbers with + - * /, each number at most once. Many answers are right.
+"""Countdown: make a target of some numbers with + - * /, each number at most once. Many answers are right.
 
 The reward for a real model and the hub's problems, by the names of their fields:
 
@@ -15,9 +15,9 @@ from fractions import Fraction
 from rewards import final_answers
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-SPELLINGS = {r"\dfrac{": "((", r"\frac{": "((", "}{": ")/(", "}": "))", r"\left": "", r"\right": "",
-             r"\times": "*", "×": "*", r"\cdot": "*", "·": "*", r"\div": "/", "÷": "/", "$": "", " ": "",
-             ")(": ")*("}
+SPELLINGS = {r"\dfrac": r"\frac", r"\frac{": "((", "}{": ")/(", "}": "))", r"\left": "", r"\right": "",
+             r"\times": "*", r"\cdot": "*", r"\div": "/", "$": "", " ": "", ")(": ")*("}
+SIGNS = str.maketrans("×·÷", "**/")
 LONGEST = 150  # characters of a formula; so nothing takes long, and brackets are not too deep for Python
 
 
@@ -27,7 +27,7 @@ def reward(response: str, row: dict, finished: bool) -> float:
     An equation, 7*4+9 = 37, counts by its left side, and all its sides must be the target.
     """
     boxes = final_answers(response) if finished else []
-    text = boxes[-1].rstrip(".") if boxes else ""
+    text = boxes[-1].rstrip(".").translate(SIGNS) if boxes else ""
     for spelling, plain in SPELLINGS.items():
         text = text.replace(spelling, plain)
     if len(text) > LONGEST:
@@ -35,7 +35,8 @@ def reward(response: str, row: dict, finished: bool) -> float:
     sides = text.split("=")
     used = Counter(map(int, re.findall("[0-9]+", sides[0])))
     try:
-        return float(used <= Counter(row["nums"]) and all(value(side) == row["target"] for side in sides))
+        right = all(value(side) == row["target"] for side in sides)
+        return float(right and used <= Counter(row["nums"]))
     except (ValueError, IndexError, ZeroDivisionError):  # no formula, one that breaks off, a division by zero
         return 0.0
 
@@ -50,8 +51,8 @@ def value(text):
 
 
 def take(tokens, signs=("+-", "*/")):
-    """Takes a sum off the head of the tokens; without its signs a product; without those a number, or what stands
-    in brackets. → its value"""
+    """Takes a sum off the head of the tokens; without its signs a product; without those a number, or what
+    stands in brackets. → its value"""
     if signs:
         result = take(tokens, signs[1:])
         while tokens and tokens[0] in signs[0]:

@@ -1,4 +1,4 @@
-"""Countdown's reward, multiple choice as problem files, and what both ask of the ordinary scripts."""
+"""Countdown's reward, and multiple choice as problem files."""
 
 import subprocess
 import sys
@@ -8,17 +8,16 @@ import pytest
 
 from experiments.tasks import choices
 from experiments.tasks.countdown import reward
-from rewards import load_problems, load_reward
+from rewards import load_problems
 from rewards import reward as ordinary
 from test_apo import HERE, HOSTILE
 
 ROW = dict(nums=[4, 7, 9, 4], target=37)
-NAMED = "experiments/tasks/countdown.py:reward"
 
 
 @pytest.mark.parametrize("answer", [
-    "7*4+9", "9 + 4 × 7", r"4 \times 7 + 9", r"\left(4\cdot7\right)+9", "(4)(7)+9", "9-(-4)*7", "+4·7+9", "$7*4+9$.",
-    "7*4+9 = 37", r"7 \times 4 + 9 = 28 + 9 = 37",
+    "7*4+9", "9 + 4 × 7", r"4 \times 7 + 9", r"\left(4\cdot7\right)+9", "(4)(7)+9", "9-(-4)*7", "+4·7+9",
+    "$7*4+9$.", "7*4+9 = 37", r"7 \times 4 + 9 = 28 + 9 = 37",
 ])
 def test_right_in_many_forms(answer):
     assert reward(f"so \\boxed{{{answer}}}", ROW, True) == 1
@@ -48,9 +47,9 @@ def test_right_numbers(nums, target, answer):
     "7*4+4", "9*4", "37", "7*4+9=36",  # another value
     "7*4+9+7-7", "9+9+9+4+4+1+1", "4*4*4-9*4+9",  # a number too often
     "7*4+8+1", "7*5+2", "7*4+9+0", "7*4+9*1",  # a number that was not given
-    "74-37", "47-9-1", "(4+4)!/7", "7*4+9!/9!", "2^4+9+4+7+1", r"\sqrt{9}*4*4-7-4", "|7*4+9|", "7*4+9%", r"\pm 7*4+9",
-    "37 = 7*4+9", "x = 7*4+9", "7*4+9 = 37 = 38", "7*4+9 = x", "7*4+9, 7*4+9", "7*4+9 > 36", "[7*4]+9", "7*4+9)",
-    r"7*4+9\text{ cm}", "9/0", "9/(4-4)", "7*4+9+1/(4-4)", "", "(7*4+9", "7**4", "7*4+", "none", "__import__('os')",
+    "74-37", "47-9-1", "7*4+9!/9!", "2^4+9+4+7+1", r"\sqrt{9}*4*4-7-4", "|7*4+9|", "7*4+9%", r"\pm 7*4+9",
+    "37 = 7*4+9", "7*4+9 = 37 = 38", "7*4+9 = x", "7*4+9, 7*4+9", "7*4+9 > 36", "[7*4]+9", "7*4+9)", "(7*4+9",
+    r"7*4+9\text{ cm}", "9/0", "7*4+9+1/(4-4)", "", "7**4", "7*4+", "none", "__import__('os')",
 ])
 def test_wrong(answer):
     assert reward(f"so \\boxed{{{answer}}}", ROW, True) == 0
@@ -61,7 +60,7 @@ def test_its_value_must_be_exact():
 
 
 @pytest.mark.parametrize("text", [
-    *HOSTILE, "1+" * 199 + "1", "(" * 149 + "1", "(" * 74 + "1" + ")" * 74, "-" * 149 + "1", "9" * 5000, "7*4+9=9^{9^9}"])
+    *HOSTILE, "1+" * 199 + "1", "(" * 149 + "1", "(" * 74 + "1" + ")" * 74, "-" * 149 + "1", "9" * 5000])
 def test_hostile_text_earns_nothing_and_raises_nothing(text):
     for response in (text, f"\\boxed{{{text}}}", f"\\boxed{{7*4+9=\\boxed{{{text}", f"#### {text}"):
         assert reward(response, ROW, True) == 0
@@ -70,19 +69,8 @@ def test_hostile_text_earns_nothing_and_raises_nothing(text):
 def test_loading_a_reward_brings_no_torch():
     for task in ("countdown", "tictactoe"):
         named = f"experiments/tasks/{task}.py:reward"
-        code = f"import sys; from rewards import load_reward; load_reward({named!r}); sys.exit('torch' in sys.modules)"
+        code = f"import sys, rewards; rewards.load_reward({named!r}); sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
-
-
-def test_rows_of_tinyzeros_form(monkeypatch):
-    """From the hub, for which a data set stands in."""
-    monkeypatch.chdir(HERE)
-    rows = datasets.Dataset.from_list([dict(target=98, nums=[44, 19, 35]), dict(target=64, nums=[63, 95, 96])])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    found = load_problems("Jiayi-Pan/Countdown-Tasks-3to4", "train", "nums", "target")
-    assert [(row["nums"], row["target"]) for row in found] == [([44, 19, 35], 98), ([63, 95, 96], 64)]
-    assert load_reward(NAMED)(r"\boxed{44+19+35}", found[0], True) == 1
-    assert load_reward(NAMED)(r"\boxed{44+19+36}", found[0], True) == 0
 
 
 @pytest.mark.parametrize("name, hub, row", [

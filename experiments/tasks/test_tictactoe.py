@@ -7,7 +7,18 @@ import sys
 import pytest
 
 from experiments.tasks import tictactoe
-from experiments.tasks.tictactoe import LINES, canonical, cells, free, lost, optimal, play, split, value, worked
+from experiments.tasks.tictactoe import (
+    LINES,
+    canonical,
+    cells,
+    free,
+    lost,
+    optimal,
+    play,
+    split,
+    value,
+    worked,
+)
 from rewards import final_answers
 from test_apo import HERE, inside, long, read_jsonl
 
@@ -39,8 +50,8 @@ def test_positions_known_by_hand(board, moves, worth):
     ("\\boxed{6}", 0),
     ("\\boxed{1}", 0),  # taken
     ("3", 0),
-    *((text, 0) for text in ("", "\\boxed{", "\\boxed{" * 5000, "\ud800\\boxed{\ud800}", f"\\boxed{{{'3' * 10000}}}")),
-    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "{3}", "3\x00", "٣", "3.0", "-3", "33", "36", "None", "[3]")),
+    *((text, 0) for text in ("", "\\boxed{", "\\boxed{" * 5000, "\ud800\\boxed{\ud800}")),
+    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "{3}", "3\x00", "٣", "3.0", "-3", "33", "36", "[3]", "3" * 9999)),
 ])
 def test_the_reward(response, worth):
     row = dict(board="XX3OO6789", answer="no move is read here")
@@ -51,7 +62,10 @@ def test_the_reward(response, worth):
 def test_all_ways_of_turning_a_position_have_one_name():
     board = "X2O4X678O"
     ways = "123456789 741852963 987654321 369258147 321654987 789456123 147258369 963852741".split()
-    turned = {"".join(cell if cell in "XO" else str(i) for i, cell in enumerate(cells(board, way), 1)) for way in ways}
+    turned = set()
+    for way in ways:
+        marks = enumerate(cells(board, way), 1)
+        turned.add("".join(cell if cell in "XO" else str(i) for i, cell in marks))
     assert len(turned) > 1 and {canonical(other) for other in turned} == {canonical(board)}
     assert canonical("XO3456789") != canonical("X2345678O")
 

@@ -4,18 +4,21 @@
     python vstar.py @out/tasks/tictactoe/vstar.args
     python train.py @out/tasks/tictactoe/train.args
 
-    X2O/4X6/78O,X:\\boxed{4}                                     the first square that comes to mind: mostly wrong
-    X2O/4X6/78O,X:X2O;4X6*78O;X47*2X8*O6O-XXO;OX7;\\boxed{6}     line by line: mostly right
+    X2O/4X6/78O,X:\\boxed{4}                                   the first that comes to mind: mostly wrong
+    X2O/4X6/78O,X:X2O;4X6*78O;X47*2X8*O6O-XXO;OX7;\\boxed{6}   line by line: mostly right
 
-X is to move. A digit is a free square, by its number. + marks a line that wins, - one that the other side would
-win with, * one with a single mark, of one's own. π_ref imitates both kinds of players, and it adds as the embedded
-world does. Several seeds: python -m experiments.sweep tictactoe --stage1 @out/tasks/tictactoe/vstar.args --train
-@out/tasks/tictactoe/train.args
+X is to move. A digit is a free square, by its number. + marks a line that wins, - one that the other side
+would win with, * one with a single mark, of one's own. π_ref imitates both kinds of players, and it adds as
+the embedded world does. Several seeds, in a table and a picture:
+
+    python -m experiments.sweep tictactoe --stage1 @out/tasks/tictactoe/vstar.args \\
+        --train @out/tasks/tictactoe/train.args --steps 60
 """
 
 import argparse
 import json
 import random
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from rewards import final_answers
 
 FOLDER = Path("out/tasks/tictactoe")
 LINES = ["123", "456", "789", "147", "258", "369", "159", "357"]
+SIGNS = {(1, 2): "+", (1, 0): "-", (2, 1): "*"}  # of a line, by its free squares and one's own marks
 CHARACTERS = "0123456789+-*=;}XO/,:"
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,8 +74,8 @@ def cells(board, squares):
 
 
 def canonical(board):
-    """One name for a position, its rotations and mirror images. (With X and O swapped it is none, for X begins.)"""
-    marks, found = "".join("." if cell in free(board) else cell for cell in board), []
+    """One name for a position, its rotations and mirror images. (Not with X and O swapped: X begins.)"""
+    marks, found = re.sub(r"\d", ".", board), []
     for _ in range(4):
         marks = cells(marks, "741852963")  # turned
         found += [marks, cells(marks, "321654987")]  # and mirrored
@@ -87,11 +91,15 @@ def split(rng, share=0.25):
     while waiting:
         waiting = {play(board, move) for board in waiting if not lost(board) for move in free(board)}
         boards = boards | waiting
-    boards = [board for board in sorted(boards) if not lost(board) and len(optimal(board)) < len(free(board))]
+    boards = [board for board in sorted(boards)
+              if not lost(board) and len(optimal(board)) < len(free(board))]
     kinds = sorted({canonical(board) for board in boards})
     held_out = set(rng.sample(kinds, round(share * len(kinds))))
     rng.shuffle(boards)
-    return [[board for board in boards if (canonical(board) in held_out) == side] for side in (False, True)]
+    sides = [], []
+    for board in boards:
+        sides[canonical(board) in held_out].append(board)
+    return sides
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -111,7 +119,7 @@ def worked(rng, board, slips):
             i = rng.randrange(3)
             seen[i] = rng.choice(["X", "O", line[i]])
         opened, own = free(seen), seen.count(player(board))
-        sign = {(1, 2): "+", (1, 0): "-", (2, 1): "*"}.get((len(opened), own), ";")
+        sign = SIGNS.get((len(opened), own), ";")
         moves.setdefault(sign, []).extend(opened)
         text += "".join(seen) + sign
     move = rng.choice(moves["+"] or moves["-"] or optimal(board))
@@ -146,16 +154,18 @@ def main():
     lessons = parser.parse_args().lessons
     learned, held_out = split(random.Random(0))
     make_reference(FOLDER / "world", learned, lessons)
-    for name, boards in dict(train=learned[:1024], test=held_out[:512]).items():
-        rows = [dict(question=question(board), board=board, answer=" or ".join(optimal(board)))
-                for board in boards]
-        write(f"{name}.jsonl", map(json.dumps, rows))
+    for name, boards in ("train", learned[:1024]), ("test", held_out[:512]):
+        write(f"{name}.jsonl", map(problem, boards))
     common = f"--prompt={{question}} --max_new_tokens=48 --decode_rows=1024 --out={FOLDER}/vstar.jsonl"
     own = "--reward=experiments/tasks/tictactoe.py:reward"
     write("vstar.args", f"--model={FOLDER}/world --data={FOLDER}/train.jsonl {own} {common}".split())
     steps = "--steps=60 --eval_every=5"
     files = f"--vstar={FOLDER}/vstar.jsonl --eval_data={FOLDER}/test.jsonl --out={FOLDER}/run"
     write("train.args", f"@tiny/train.args {files} {steps}".split())
+
+
+def problem(board):
+    return json.dumps(dict(question=question(board), board=board, answer=" or ".join(optimal(board))))
 
 
 def write(name, lines):
