@@ -31,8 +31,8 @@ all_rows = test_apo.all_rows  # a fixture
 
 def settled(**more):
     """What Stage 2's plan works with."""
-    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5, width=128,
-                 tokens_per_microbatch=1024)
+    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5,
+                 width=128, tokens_per_microbatch=1024)
     return some_args(**{**usual, **more})
 
 
@@ -59,7 +59,8 @@ def test_plan_is_what_an_update_allocates(kind, recompute, lora):
         if lora:
             policy.adapt(lora, torch.float32, 0)
         reference = policy.unadapted if lora else train.Policy(make()).requires_grad_(False)
-        run = run_of(objective, policy, reference, torch.optim.AdamW(policy.parameters(), lr=1e-3))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        run = run_of(objective, policy, reference, optimizer)
         for _ in range(2):
             train.update(run, samples, objective.given(run, samples))
     learned = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -74,30 +75,34 @@ def test_plan_is_what_an_update_allocates(kind, recompute, lora):
 
 @whole
 def test_plan_of_shards_by_hand(tmp_path):
-    """Four GPUs have a quarter of all that is sharded; bf16 gathers two bytes a weight, gradients sum in four."""
+    """Each of four GPUs has a quarter; bf16 gathers two bytes a weight, and gradients are summed in four."""
     small_model(4000, hidden=128, layers=4).config.save_pretrained(tmp_path)  # the config alone, no weights
     args = settled(engine="vllm", gpu_memory=0.5, ranks=4, gpu="H100", dtype="bfloat16")
     shape = plan.load_shape(str(tmp_path))
     assert shape.rest == 2 * 4000 * 128 + 128  # embedding, head and the last norm
     # 4 attention matrices, 3 biases, 3 matrices of the MLP, 2 norms
-    assert shape.block == (2 * 128 * 128 + 2 * 128 * 64) + (128 + 64 + 64) + 3 * 128 * 256 + 2 * 128
-    assert shape.total == shape.rest + 4 * shape.block and shape.read == shape.total - 4000 * 128
+    matrices = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
+    assert shape.block == matrices + (128 + 64 + 64) + 2 * 128
+    assert shape.total == shape.rest + 4 * shape.block
+    assert shape.read == shape.total - 4000 * 128
 
     def parts(objective):
-        return {name: size * 2**30 for name, size in plan.memory(shape, args, objective(args)).items()}
+        found = plan.memory(shape, args, objective(args))
+        return {name: size * 2**30 for name, size in found.items()}
 
     ours, both = parts(train.APO), parts(PPO)
     assert ours["weights (fp32)"] == ours["gradients (fp32)"] == shape.total
     assert ours["AdamW (fp32)"] == 2 * shape.total
     assert ours["reference"] == shape.total / 2 and ours["sampling"] == 40 * 2**30
-    assert ours["gathered by FSDP"] == 2 * (2 * shape.block + shape.rest) + 6 * (shape.block + shape.rest)
+    weights = 2 * (2 * shape.block + shape.rest)
+    assert ours["gathered by FSDP"] == weights + 6 * (shape.block + shape.rest)
     assert both["weights (fp32)"] == 2 * shape.total  # a critic learns too
-    args.lora = 8  # the base in bf16, additions of rank 8 to seven layers of four blocks; no fp32 gradients wait
+    args.lora = 8  # the base in bf16, additions of rank 8 to seven layers of four blocks; no gradients wait
     ours, both = parts(train.APO), parts(PPO)
     added = 4 * 8 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
     assert ours["weights (fp32)"] == ours["gradients (fp32)"] == added and ours["AdamW (fp32)"] == 2 * added
     assert ours["reference"] == shape.total / 2
-    assert ours["gathered by FSDP"] == 2 * (2 * shape.block + shape.rest)
+    assert ours["gathered by FSDP"] == weights
     assert both["weights (fp32)"] == added + shape.total  # a critic is trained whole
 
 
@@ -115,26 +120,29 @@ def test_plan_of_seconds_by_hand():
     read = (400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12
     assert found["sampling"] == pytest.approx(read + 2 * ring)
     forward = 16 * (2e9 * 300 + 2 * 1000 * 1024 * 200 + 2 * 2 * 1024 * 300**2) / 989e12
-    assert found["reference"] == pytest.approx(forward) and found["update"] == pytest.approx(4 * forward)
+    assert [found["reference"], found["update"]] == pytest.approx([forward, 4 * forward])
     # two micro-batches: the policy's weights twice in bf16 and their gradients in fp32, π_ref's weights once
     assert found["communication"] == pytest.approx(2 * (2 + 2 + 4 + 2) * ring)
     args.lora = 8  # frozen weights get no gradient: neither its third of the backward pass nor its sum
     less = floor(train.APO)
-    assert less["update"] == pytest.approx(3 * forward) and less["communication"] == pytest.approx(2 * 6 * ring)
+    assert [less["update"], less["communication"]] == pytest.approx([3 * forward, 2 * 6 * ring])
     args.engine = "vllm"  # which holds the merged weights in fp32, and keys and values too
     assert floor(train.APO)["sampling"] == pytest.approx(2 * read + 2 * ring)
     args.lora, args.engine = None, "transformers"
     # a critic learns too; its values and the old log-probabilities are two passes more
     both = floor(PPO)
-    assert both["update"] == pytest.approx(8 * forward) and both["reference"] == pytest.approx(3 * forward)
+    assert [both["update"], both["reference"]] == pytest.approx([8 * forward, 3 * forward])
 
 
 def test_each_objective_is_asked_for_its_networks():
     """(trained, run before the update): PPO's critic, and the old policy where several updates follow."""
-    args = lambda **more: settled(group=4, dr_grpo=False, **more)
-    assert plan.networks_of(train.APO(args())) == plan.networks_of(GRPO(args())) == (1, 1)
-    assert plan.networks_of(GRPO(args(passes=2))) == plan.networks_of(REBEL(args(minibatches=2))) == (1, 2)
-    assert plan.networks_of(REBEL(args())) == (1, 1) and plan.networks_of(PPO(args())) == (2, 3)
+
+    def networks(objective, **more):
+        return plan.networks_of(objective(settled(group=4, dr_grpo=False, **more)))
+
+    assert networks(train.APO) == networks(GRPO) == networks(REBEL) == (1, 1)
+    assert networks(GRPO, passes=2) == networks(REBEL, minibatches=2) == (1, 2)
+    assert networks(PPO) == (2, 3)
 
 
 @pytest.fixture
@@ -154,12 +162,14 @@ def planned(tmp_path):
 
 @long
 def test_plan_says_what_would_fit(planned):
-    for words, *flags in (("7,615,616,512 parameters", "8xH100"),
-                          ("it fits\n", "8xH100"),
-                          ("it would with 4 GPUs\n", "1xH100"),
-                          ("it fits\n", "1xH100", "--lora=16"),
-                          ("it would with --tokens_per_microbatch 1224 and --decode_rows 32\n", "1xL4", "--lora=16"),
-                          ("it would with --gpu_memory 0.2\n", "8xH100", "--gpu_memory=0.1")):
+    for words, *flags in (
+        ("7,615,616,512 parameters", "8xH100"),
+        ("it fits\n", "8xH100"),
+        ("it would with 4 GPUs\n", "1xH100"),
+        ("it fits\n", "1xH100", "--lora=16"),
+        ("it would with --tokens_per_microbatch 1224 and --decode_rows 32\n", "1xL4", "--lora=16"),
+        ("it would with --gpu_memory 0.2\n", "8xH100", "--gpu_memory=0.1"),
+    ):
         assert words in planned(*flags).stdout
 
 
@@ -175,8 +185,8 @@ def test_plan_of_a_short_model(planned):
 def test_plan_of_stage1(planned):
     words = planned("8xH100", "--data=math", "--stage=1").stdout
     assert "14.19 GiB" in words and "it fits" in words  # 7.6 billion weights of two bytes
-    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and values of
-    # 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; the products take 7.3 s
+    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and values
+    # of 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; the products take 7.3 s
     assert "at least 0.1 minutes, 0.02 GPU hours" in words
 
 

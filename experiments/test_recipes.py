@@ -39,7 +39,7 @@ def test_a_recipe_runs(name, tmp_path):
            "--prompt={question}", "--limit=16", "--max_new_tokens=48", "--engine=transformers",
            f"--out={tmp_path}/vstar.jsonl")
     inside("train.py", f"@{FOLDER}/{name}.train.args", f"--vstar={tmp_path}/vstar.jsonl",
-           "--eval_data=tiny/test.jsonl", "--eval_limit=8", "--batch_size=8", "--steps=2", "--engine=transformers",
-           f"--out={tmp_path}/run")
+           "--eval_data=tiny/test.jsonl", "--eval_limit=8", "--batch_size=8", "--steps=2",
+           "--engine=transformers", f"--out={tmp_path}/run")
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert [row["lr"] for row in rows if row["step"]] == [1e-6, 1e-6]

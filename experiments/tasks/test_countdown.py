@@ -74,7 +74,8 @@ def test_loading_a_reward_brings_no_torch():
 
 
 @pytest.mark.parametrize("name, hub, row", [
-    ("hellaswag", ("Rowan/hellaswag", None), dict(ctx="He runs", endings=["and", "or", "but", "so"], label="2")),
+    ("hellaswag", ("Rowan/hellaswag", None),
+     dict(ctx="He runs", endings=["and", "or", "but", "so"], label="2")),
     ("arc_challenge", ("allenai/ai2_arc", "ARC-Challenge"),
      dict(question="He runs", choices=dict(text=["and", "or", "but"], label=["1", "2", "3"]), answerKey="3")),
     ("commonsense_qa", ("tau/commonsense_qa", None),

@@ -51,7 +51,7 @@ def test_positions_known_by_hand(board, moves, worth):
     ("\\boxed{1}", 0),  # taken
     ("3", 0),
     *((text, 0) for text in ("", "\\boxed{", "\\boxed{" * 5000, "\ud800\\boxed{\ud800}")),
-    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "{3}", "3\x00", "٣", "3.0", "-3", "33", "36", "[3]", "3" * 9999)),
+    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "{3}", "3\x00", "٣", "3.0", "-3", "33", "36", "3" * 9999)),
 ])
 def test_the_reward(response, worth):
     row = dict(board="XX3OO6789", answer="no move is read here")
@@ -86,7 +86,8 @@ def test_worked_demonstrations_are_right_unless_they_slip():
         text = worked(rng, board, slips=0)
         (move,) = final_answers(text)
         assert move in optimal(board), (board, text)
-        for line, seen in zip(LINES, (text[i : i + 4] for i in range(0, 32, 4))):
+        for i, line in enumerate(LINES):
+            seen = text[4 * i : 4 * i + 4]
             assert seen[:3] == cells(board, line)
             if seen[3] == "+":  # a move there wins
                 assert lost(play(board, *free(seen[:3])))
