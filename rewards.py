@@ -140,7 +140,7 @@ DATASETS = {  # name: hub id, config, its only split (None: the split that was a
 }
 
 
-def load_problems(source, split="train", question_field="question", answer_field="answer", own=None):
+def load_problems(source, split="train", question_field="question", answer_field="answer", custom_reward=None):
     """A .jsonl, .json or .parquet file, a name in DATASETS, or any hub id → [{"id", "question", "answer"}].
     A row's other fields stay, for --prompt and --reward, but for those that Stage 1 writes. `own`: --reward, which may
     need no answer."""
@@ -157,7 +157,7 @@ def load_problems(source, split="train", question_field="question", answer_field
     problems = {}
     for number, where, row in rows:
         question = text_of(row, question_field, where)
-        lacks = own and answer_field == "answer" and row.get("answer") in (None, "")
+        lacks = custom_reward and answer_field == "answer" and row.get("answer") in (None, "")
         answer = "" if lacks else text_of(row, answer_field, where)
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:

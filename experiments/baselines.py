@@ -5,7 +5,7 @@
     python -m experiments.baselines rebel --help                            train.py's flags, and REBEL's own
 
 Prompts, sampler, grader, optimizer, restart and logging are those of A*-PO, because the loop is. What differs is a
-subclass of train.APO: how many completions a prompt gets, what the loss takes as given, and the loss. What an algorithm
+subclass of train.APO: how many completions a prompt gets, what the loss takes as constants, and the loss. What an algorithm
 does not need (a critic, groups, the old policy's log-probabilities) is not made for it. Without flags a run takes those
 of tiny/train.args, and it lies in out/NAME. The defaults are those of verl, TRL (GRPO's group) and REBEL's release.
 """
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 import train
-from train import APO, Policy, by_token, on_tokens, sum_over_ranks
+from train import APO, Policy, token_logps, on_tokens, sum_over_ranks
 from vstar import run_script
 
 
 class Baseline(APO):
-    """What the three share: β2 is the weight of their KL to π_ref, and several updates may follow one batch."""
+    """What the three share: β2 is the weight of their KL to π_ref; several updates may follow one batch."""
 
     always_old_logp = False
 
@@ -35,23 +35,24 @@ class Baseline(APO):
         super().__init__(args)
         self.passes = args.passes
 
-    def given(self, run, samples):
-        given = super().given(run, samples)
-        # with several updates a batch, π is no longer what wrote the answers, so its old log-probabilities are kept
+    def constants(self, run, samples):
+        constants = super().constants(run, samples)
+        # with several updates a batch π is no longer what wrote the completions: its first ln π are kept
         if self.args.minibatches * self.passes > 1 or self.always_old_logp:
-            given["old_logp"] = by_token(run.policy, samples, self.args, run.device)
-        return given
+            constants["old_logp"] = token_logps(run.policy, samples, self.args, run.device)
+        return constants
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # REBEL
 
 
 def rebel_loss(logp, old_logp, reward, eta):
-    """Of two answers to a prompt, regress the difference of the log-ratios against the policy that wrote them onto the
-    difference of the rewards. All (pairs, 2) → (pairs,)"""
-    log_ratio = logp - old_logp
-    return ((log_ratio[:, 0] - log_ratio[:, 1]) / eta - (reward[:, 0] - reward[:, 1])) ** 2  # arXiv 2404.16767, Alg. 1
+    """Of two completions of a prompt, regress the difference of their log-ratios, against the policy that
+    wrote them, onto the difference of their rewards. All (pairs, 2) → (pairs,)"""
+    log_ratio = (logp - old_logp)[:, 0] - (logp - old_logp)[:, 1]
+    better = reward[:, 0] - reward[:, 1]
+    return (log_ratio / eta - better) ** 2  # arXiv 2404.16767, Alg. 1
 
 
 class REBEL(Baseline):
@@ -65,37 +66,40 @@ class REBEL(Baseline):
     def count(self, samples):
         return len(samples) // 2
 
-    def losses(self, logp, given, mask, inputs):
-        old_logp = given.get("old_logp", logp.detach())
-        reward = given["reward"] - self.args.beta2 * (old_logp - given["ref_logp"]).sum(-1)
-        pairs = [x.unflatten(0, (len(x) // 2, 2)) for x in (logp.sum(-1), old_logp.sum(-1), reward)]
+    def losses(self, logp, constants, completion_mask, inputs):
+        old_logp = constants.get("old_logp", logp.detach())
+        kl = (old_logp - constants["ref_logp"]).sum(-1)
+        reward = constants["reward"] - self.args.beta2 * kl
+        sequences = logp.sum(-1), old_logp.sum(-1), reward
+        pairs = [values.unflatten(0, (len(values) // 2, 2)) for values in sequences]
         yield "loss", rebel_loss(*pairs, self.args.eta)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # GRPO
 
 
-def clipped(logp, old_logp, advantage, clip_ratio):
-    """PPO's surrogate as a loss per token: no gain from moving π/π_old further than clip_ratio. All alike in shape."""
+def clipped_surrogate(logp, old_logp, advantage, clip_ratio):
+    """PPO's surrogate as a loss per token: no gain from moving π/π_old further than clip_ratio."""
     ratio = (logp - old_logp).exp()
     bounded = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     return -torch.minimum(ratio * advantage, bounded * advantage)  # arXiv 1707.06347, eq. 7
 
 
 def group_advantage(reward, divide=True):
-    """How much better than its group is an answer? (prompts, group) → alike; 0 in a group of equals."""
+    """How much better than its group is a completion? (prompts, group) → alike; 0 in a group of equals."""
     advantage = reward - reward.mean(-1, keepdim=True)
     # arXiv 2402.03300, 4.1.2; 1e-6 is verl's
     return advantage / (reward.std(-1, keepdim=True) + 1e-6) if divide else advantage
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantage, mask, beta, clip_ratio, length=None):
-    """Tokens (sequences, tokens), of which `mask` counts; advantage (sequences,) → (sequences,)
+    """Tokens (sequences, tokens), of which `mask` counts some; advantage (sequences,) → (sequences,)
 
-    A mean over each answer's tokens; Dr. GRPO (arXiv 2503.20783) divides by the same `length` for all."""
-    kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1  # arXiv 2402.03300, eq. 4: an estimate that is never negative
-    losses = clipped(logp, old_logp, advantage[:, None], clip_ratio) + beta * kl  # eq. 3
+    A mean over each completion's tokens; Dr. GRPO (arXiv 2503.20783) divides by the same `length` for all."""
+    # arXiv 2402.03300, eq. 4: an estimate that is never negative
+    kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1
+    losses = clipped_surrogate(logp, old_logp, advantage[:, None], clip_ratio) + beta * kl  # eq. 3
     return (losses * mask).sum(-1) / (length or mask.sum(-1))
 
 
@@ -106,43 +110,45 @@ class GRPO(Baseline):
     @classmethod
     def add_flags(cls, add):
         super().add_flags(add)
-        add("--group", cls.completions, "answers a prompt (TRL's)")
-        add("--dr_grpo", False, "divide neither by the answer's length nor by the rewards' deviation")
+        add("--group", cls.completions, "completions a prompt (TRL's)")
+        add("--dr_grpo", False, "divide neither by the completion's length nor by the rewards' deviation")
         add("--clip_ratio", 0.2, "how far π/π_old may go from 1 (verl's)")
 
     def __init__(self, args):
         super().__init__(args)
         self.completions = args.group
         if args.group < 2:
-            train.fail(f"--group {args.group}: GRPO compares a group of answers, of two or more")
+            train.fail(f"--group {args.group}: GRPO compares a group of completions, two or more")
 
-    def given(self, run, samples):
-        given = super().given(run, samples)
-        groups = given["reward"].unflatten(0, (len(samples) // self.completions, self.completions))
-        return dict(given, advantage=group_advantage(groups, not self.args.dr_grpo).flatten())
+    def constants(self, run, samples):
+        constants = super().constants(run, samples)
+        prompts = len(samples) // self.completions
+        groups = constants["reward"].unflatten(0, (prompts, self.completions))
+        return dict(constants, advantage=group_advantage(groups, not self.args.dr_grpo).flatten())
 
-    def losses(self, logp, given, mask, inputs):
-        old_logp, length = given.get("old_logp", logp.detach()), self.args.max_new_tokens if self.args.dr_grpo else None
-        yield "loss", grpo_loss(logp, old_logp, given["ref_logp"], given["advantage"], mask, self.args.beta2,
-                                self.args.clip_ratio, length)
+    def losses(self, logp, constants, completion_mask, inputs):
+        old_logp = constants.get("old_logp", logp.detach())
+        length = self.args.max_new_tokens if self.args.dr_grpo else None
+        yield "loss", grpo_loss(logp, old_logp, constants["ref_logp"], constants["advantage"],
+                                completion_mask, self.args.beta2, self.args.clip_ratio, length)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # PPO
 
 
 def gae(reward, value, gamma, lam):
-    """Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t; all (sequences, tokens), zero after the answer's end."""
+    """Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t; all (sequences, tokens), 0 after the completion."""
     advantage, later = torch.zeros_like(value), torch.zeros_like(value[:, 0])
     following = torch.cat([value[:, 1:], later[:, None]], dim=1)
     for t in reversed(range(value.shape[1])):  # arXiv 1506.02438, eq. 16
-        later = reward[:, t] + gamma * following[:, t] - value[:, t] + gamma * lam * later
-        advantage[:, t] = later
+        delta = reward[:, t] + gamma * following[:, t] - value[:, t]
+        advantage[:, t] = later = delta + gamma * lam * later
     return advantage
 
 
 def value_loss(value, old_value, returns, value_clip):
-    """The critic's squared error per token, without gain from moving further than value_clip. All alike in shape."""
+    """The critic's squared error per token, without gain from moving further than value_clip."""
     near = old_value + (value - old_value).clamp(-value_clip, value_clip)
     return 0.5 * torch.maximum((value - returns) ** 2, (near - returns) ** 2)  # verl's and TRL's
 
@@ -167,8 +173,8 @@ class PPO(Baseline):
     @classmethod
     def add_flags(cls, add):
         super().add_flags(add)
-        add("--critic_lr", float, "the critic's rate; default: ten times --lr, as in verl, whose values the "
-            "other defaults are, too")
+        add("--critic_lr", float, "the critic's learning rate; default: ten times --lr, as in verl, whose "
+            "values the other defaults are, too")
         add("--clip_ratio", 0.2, "how far π/π_old may go from 1")
         add("--value_clip", 0.5, "how far a value may go from what it was")
         add("--gamma", 1.0, "γ, by which later rewards are discounted", zero=True)
@@ -176,33 +182,38 @@ class PPO(Baseline):
 
     def networks(self, make):
         self.critic = make(Critic)
-        return [(self.critic, self.args.critic_lr or 10 * train.rate_of(self.args))]
+        return [(self.critic, self.args.critic_lr or 10 * self.args.lr)]
 
     @torch.no_grad()
-    def given(self, run, samples):
-        given, lengths = super().given(run, samples), [len(sample.completion.tokens) for sample in samples]
-        answer = on_tokens(samples, [[1.0] * length for length in lengths], given["ref_logp"]) > 0
-        last = on_tokens(samples, [[0.0] * (length - 1) + [1.0] for length in lengths], given["ref_logp"])
-        reward = given["reward"][:, None] * last - self.args.beta2 * (given["old_logp"] - given["ref_logp"])
-        value = by_token(self.critic, samples, self.args, run.device)
+    def constants(self, run, samples):
+        constants = super().constants(run, samples)
+        ref_logp, old_logp = constants["ref_logp"], constants["old_logp"]
+        lengths = [len(sample.completion.tokens) for sample in samples]
+        completion = on_tokens(samples, [[1.0] * length for length in lengths], ref_logp) > 0
+        last = on_tokens(samples, [[0.0] * (length - 1) + [1.0] for length in lengths], ref_logp)
+        reward = constants["reward"][:, None] * last - self.args.beta2 * (old_logp - ref_logp)
+        value = token_logps(self.critic, samples, self.args, run.device)
         advantage = gae(reward, value, self.args.gamma, self.args.lam)
         returns = advantage + value
         # whitened over the tokens of all processes, as verl and TRL do
-        of_answers = advantage[answer]
-        tokens, first, second = sum_over_ranks([answer.sum(), of_answers.sum(), (of_answers**2).sum()])
+        of_tokens = advantage[completion]
+        sums = [completion.sum(), of_tokens.sum(), (of_tokens**2).sum()]
+        tokens, first, second = sum_over_ranks(sums)
         mean = first / tokens
         advantage = (advantage - mean) / math.sqrt(second / tokens - mean**2 + 1e-8)
-        return dict(given, value=value, returns=returns, advantage=advantage)
+        return dict(constants, value=value, returns=returns, advantage=advantage)
 
     def count(self, samples):  # a mean over tokens
         return sum(len(sample.completion.tokens) for sample in samples)
 
-    def losses(self, logp, given, mask, inputs):
-        yield "loss", (clipped(logp, given["old_logp"], given["advantage"], self.args.clip_ratio) * mask).sum(-1)
+    def losses(self, logp, constants, completion_mask, inputs):
+        old_logp, advantage = constants["old_logp"], constants["advantage"]
+        losses = clipped_surrogate(logp, old_logp, advantage, self.args.clip_ratio)
+        yield "loss", (losses * completion_mask).sum(-1)
         # the critic runs only now, when the policy's graph is gone
         value = self.critic(**inputs)[: len(logp)]
-        errors = value_loss(value, given["value"], given["returns"], self.args.value_clip)
-        yield "critic_loss", (errors * mask).sum(-1)
+        errors = value_loss(value, constants["value"], constants["returns"], self.args.value_clip)
+        yield "critic_loss", (errors * completion_mask).sum(-1)
 
 
 ALGORITHMS = {kind.name: kind for kind in (PPO, GRPO, REBEL)}
