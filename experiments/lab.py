@@ -1,9 +1,10 @@
-"""What the experiments share: run a stage once, read what it logged, name the machine, write the results."""
+"""What the experiments share: runs that are not done twice, the rows they leave, pictures and results."""
 
 import json
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -21,80 +23,87 @@ import torch
 import transformers
 
 from experiments.baselines import ALGORITHMS
-from train import APO, evaluated
+from train import APO
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results"
-COLOURS = dict(apo="tab:red", grpo="tab:blue", rebel="tab:green", ppo="tab:orange")
 NAMES = dict(apo="A*-PO", grpo="GRPO", rebel="REBEL", ppo="PPO")
 PHASES = ("sampling", "reference", "update")  # of a step; evaluations and checkpoints do not count
 
 
 def make_parser(description, steps=None, seeds=5):
-    """A parser, and with `steps` the flags of runs: toy size by default; --stage1, --train and --launch make it a real
-    model on real GPUs. 0: the script has steps of its own, so there is no such flag."""
-    parser = ArgumentParser(description=description.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    """A parser; with `steps` it has the flags of runs, which are those of the embedded world by default."""
+    first_line = description.splitlines()[0]
+    parser = ArgumentParser(description=first_line, formatter_class=ArgumentDefaultsHelpFormatter)
     if steps is not None:
         add = parser.add_argument
         add("--stage1", default="@tiny/vstar.args", help="vstar.py's flags")
-        add("--train", default="@tiny/train.args", help="train.py's flags, before those that the experiment varies")
-        add("--launch", default=sys.executable, help="what starts a script, for example 'torchrun --nproc_per_node 8'")
-        if steps:
-            add("--steps", type=int, default=steps)
+        add("--train", default="@tiny/train.args", help="train.py's flags, before those that are varied")
+        add("--launch", default=sys.executable, help="what starts a script: 'torchrun --nproc_per_node 8'")
+        add("--steps", type=int, default=steps)
         add("--seeds", type=int, default=seeds)
         add("--jobs", type=int, default=2, help="untimed runs at a time, each with one thread (1 on GPUs)")
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # runs
 
 
 def run(args, script, out, done, *flags, threads=None):
-    """A script, or a baseline by its name, unless an earlier start has run it to its end."""
-    if not (out / f"{script}.seconds").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-        started = ["-m", "experiments.baselines", script] if script in ALGORITHMS else [f"{script}.py"]
-        with open(out / f"{script}.log", "w") as log:
-            command = [*shlex.split(args.launch), *started, *map(str, flags)]
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-        if code or not (out / done).exists():
-            sys.exit(f"{shlex.join(command)} failed; see {log.name}")
-        (out / f"{script}.seconds").write_text(f"{time.perf_counter() - began:.2f}\n")
+    """A script, or a baseline by its name, unless an earlier start ran it to its end with the same flags."""
+    flags = [*map(str, flags)]
+    command, finished = shlex.join(flags), out / f"{script}.seconds"
+    if finished.exists() and finished.read_text().partition("\n")[2] == command:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    started = ["-m", "experiments.baselines", script] if script in ALGORITHMS else [f"{script}.py"]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    began = time.perf_counter()
+    with open(out / f"{script}.log", "w") as log:
+        process = subprocess.run(
+            [*shlex.split(args.launch), *started, *flags],
+            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )
+    if process.returncode or not (out / done).exists():
+        sys.exit(f"{script} {command} failed; see {log.name}")
+    finished.write_text(f"{time.perf_counter() - began:.2f}\n{command}")
 
 
 def took(out, script):
     """The wall-clock seconds of a `run`, evaluations and start included."""
-    return float((ROOT / out / f"{script}.seconds").read_text())
+    return float((ROOT / out / f"{script}.seconds").read_text().split()[0])
 
 
 def stage1(args, out, *flags, **keywords):
+    """→ the file with V̂*"""
     out = ROOT / out
-    run(args, "vstar", out, "vstar.png", *shlex.split(args.stage1), f"--out={out}/vstar.jsonl", *flags, **keywords)
-    return out / "vstar.jsonl"
+    vstar = out / "vstar.jsonl"
+    first = shlex.split(args.stage1)
+    run(args, "vstar", out, vstar.name, *first, f"--out={vstar}", *flags, **keywords)
+    return vstar
 
 
 def train(args, out, vstar, *flags, algorithm="apo", **keywords):
     """→ the rows of metrics.jsonl"""
     out = ROOT / out
-    run(args, "train" if algorithm == "apo" else algorithm, out, "run/model", *shlex.split(args.train),
-        f"--vstar={vstar}", f"--out={out}/run", f"--steps={args.steps}", "--show_every=0", "--save_every=100000",
-        *flags, **keywords)
+    files = f"--vstar={vstar}", f"--out={out}/run"
+    common = f"--steps={args.steps}", "--show_every=0", "--save_every=100000"
+    script = "train" if algorithm == "apo" else algorithm
+    first = shlex.split(args.train)
+    run(args, script, out, "run/model", *first, *files, *common, *flags, **keywords)
     shutil.rmtree(out / "run/checkpoint", ignore_errors=True)  # 18 GB a run at 1.5B
     settings = json.loads((out / "run/config.json").read_text())["settings"]
     completions = settings.get("group") or ALGORITHMS.get(algorithm, APO).completions
     rows = read(out / "run/metrics.jsonl")
-    for row in rows:
-        row["prompts"] = row["step"] * settings["batch_size"]
-        row["tokens"] = row.get("length", 0) * settings["batch_size"] * completions  # generated in this step
+    for row in rows:  # the tokens written in this step
+        row["tokens"] = row.get("length", 0) * settings["batch_size"] * completions
     return rows
 
 
 def side_by_side(args, calls):
-    """Untimed work, some at a time: [function] → [result]"""
+    """Untimed work, --jobs at a time: [function] → [result]"""
     with ThreadPoolExecutor(args.jobs) as pool:
         return list(pool.map(lambda call: call(), calls))
 
@@ -104,63 +113,49 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def make_world(flags, out):
-    """A world of its own, by tiny/make.py's flags."""
-    subprocess.run([sys.executable, "tiny/make.py", *shlex.split(flags), f"--out={out}"], cwd=ROOT, check=True)
+# ----------------------------------------------------------------------------------------------------------
+# models of a shape, with random weights
 
-
-def problems(path, count, digits, operator, seed, but=()):
-    """A file of different problems, none of which is in the files `but`."""
-    rng, found = random.Random(seed), {}
-    seen = {row["question"] for other in but for row in read(other)}
-    while len(found) < count:
-        length = rng.choice(digits)
-        a, b = (rng.randint(10 ** (length - 1), 10**length - 1) for _ in range(2))
-        a, b = (max(a, b), min(a, b)) if operator == "-" else (a, b)
-        if f"{a}{operator}{b}=" not in seen:
-            found[f"{a}{operator}{b}="] = str(a + b if operator == "+" else a - b)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(dict(id=f"{path.stem}/{i}", question=question, answer=answer)) + "\n"
-                            for i, (question, answer) in enumerate(found.items())))
-    return path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# models of a shape, without their weights
-
-# hidden size, layers, heads, heads of keys and values, inner size, vocabulary, tied: as in the config.json of each
-# Qwen2.5; and one for trying the scripts
-SHAPES = {"toy": (64, 2, 2, 1, 128, 151936, True), "0.5B": (896, 24, 14, 2, 4864, 151936, True),
-          "1.5B": (1536, 28, 12, 2, 8960, 151936, True), "3B": (2048, 36, 16, 2, 11008, 151936, True),
-          "7B": (3584, 28, 28, 4, 18944, 152064, False), "32B": (5120, 64, 40, 8, 27648, 152064, False),
-          "72B": (8192, 80, 64, 8, 29568, 152064, False)}
+# as in the config.json of each Qwen2.5:
+# hidden size, layers, heads, heads of keys and values, inner size, vocabulary, tied embeddings
+SHAPES = {
+    "toy": (64, 2, 2, 1, 128, 151936, True),  # to try a script
+    "0.5B": (896, 24, 14, 2, 4864, 151936, True),
+    "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
+    "3B": (2048, 36, 16, 2, 11008, 151936, True),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False),
+    "72B": (8192, 80, 64, 8, 29568, 152064, False),
+}
 
 
 def config_of(shape, **more):
     hidden, layers, heads, kv, inner, vocabulary, tied = SHAPES[shape]
-    return transformers.Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                                    num_key_value_heads=kv, intermediate_size=inner, vocab_size=vocabulary,
-                                    tie_word_embeddings=tied, max_position_embeddings=32768, **more)
+    return transformers.Qwen2Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=32768, **more,
+    )
 
 
 def random_model(shape):
-    """A Hugging Face folder with random weights in the shape of a Qwen2.5 and the embedded world's tokenizer."""
+    """A Hugging Face folder with random weights of this shape and the embedded world's tokenizer."""
     folder = ROOT / f"out/random-{shape}"
     if not (folder / "tokenizer_config.json").exists():
         torch.manual_seed(0)
-        model = transformers.Qwen2ForCausalLM(config_of(shape, eos_token_id=0, pad_token_id=0, bos_token_id=None))
+        config = config_of(shape, eos_token_id=0, pad_token_id=0, bos_token_id=None)
+        model = transformers.Qwen2ForCausalLM(config)
         model.to(torch.bfloat16).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder)
     return str(folder)
 
 
 def toss(*_):
-    """The reward of random weights, which earn nothing. Zeros alone would make gradients of zeros, which GPUs multiply
-    faster."""
+    """The reward of random weights. They earn nothing, and GPUs multiply gradients of zeros faster."""
     return float(random.random() < 0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # numbers
 
 
@@ -170,28 +165,33 @@ def seconds_of(row, phases=PHASES):
 
 
 def accuracies(rows):
-    return [row["accuracy"] for row in evaluated(rows)]
+    return [row["accuracy"] for row in rows if "accuracy" in row]
 
 
 def mean(key, rows):
     return float(np.mean([row[key] for row in rows if key in row]))  # step 0 has an accuracy alone
 
 
-def mean_sd(values):
-    """(mean, standard deviation) over seeds, rounded"""
-    values = np.asarray(values, dtype=float)
-    return [round(float(values.mean()), 4), round(float(values.std(ddof=1)), 4) if len(values) > 1 else None]
-
-
 def over_seeds(runs):
-    """[{key: number}], one a seed → {key: (mean, standard deviation)}; what is no number is left out"""
-    numbers = [key for key, value in runs[0].items() if isinstance(value, (int, float))]
-    return {key: mean_sd([run[key] for run in runs]) for key in numbers}
+    """[{key: number}], one a seed → {key: [mean, standard deviation]}; what is no number is left out"""
+    table = {}
+    for key, value in runs[0].items():
+        if isinstance(value, (int, float)):
+            values = [run[key] for run in runs]
+            deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
+            table[key] = np.round([np.mean(values), deviation], 4).tolist()
+    return table
 
 
 def pm(pair, digits=3):
-    """(mean, deviation) → mean ± deviation"""
-    return f"{pair[0]:.{digits}f}" + (f" ± {pair[1]:.{digits}f}" if pair[1] is not None else "")
+    """[mean, deviation] → mean ± deviation"""
+    return " ± ".join(f"{number:.{digits}f}" for number in pair if number == number)
+
+
+def show(header, rows):
+    """A table in Markdown."""
+    for cells in (header, ["---"] * len(header), *rows):
+        print("|", " | ".join(cells), "|")
 
 
 @contextmanager
@@ -205,38 +205,32 @@ def picture(name, rows, columns, size, **more):
     plt.close(figure)
 
 
-def cpu():
-    """Model and number of the cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}" if names else platform.processor()
-
-
 def machine():
-    gpu = dict(gpu=f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}") if torch.cuda.is_available() else {}
-    command = shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
-    return dict(command=command, cpu=cpu(), **gpu, threads=torch.get_num_threads(), python=platform.python_version(),
-                torch=torch.__version__, transformers=transformers.__version__)
-
-
-def null_for_nan(value):
-    """For JSON, which has no NaN."""
-    if isinstance(value, dict):
-        return {key: null_for_nan(some) for key, some in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [null_for_nan(some) for some in value]
-    return None if value != value else value
+    """What a number was measured with."""
+    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    script = sys.modules["__main__"].__spec__.name
+    found = dict(
+        command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
+        cpu=f"{os.cpu_count()} × {names[0] if names else platform.machine()}",
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return found
 
 
 def save(name, **results):
-    """experiments/results/NAME.json, a line per entry."""
-    results = null_for_nan(dict(machine=machine(), **results))
-    lines = []
+    """experiments/results/NAME.json, a line per entry. JSON has no NaN, which becomes null."""
+    text = partial(json.dumps, ensure_ascii=False)
+
+    def block(texts):
+        return "{\n" + ",\n".join(f"{text(key)}: {value}" for key, value in texts.items()) + "\n}"
+
+    results = json.loads(text(dict(machine=machine(), **results)), parse_constant=lambda _: None)
     for key, value in results.items():
-        if isinstance(value, dict) and key != "machine":
-            inner = ",\n".join(f"  {json.dumps(str(k), ensure_ascii=False)}: {json.dumps(v, ensure_ascii=False)}"
-                               for k, v in value.items())
-            lines.append(f"{json.dumps(key)}: {{\n{inner}\n}}")
-        else:
-            lines.append(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-    (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        inner = isinstance(value, dict)
+        results[key] = block({k: text(v) for k, v in value.items()}) if inner else text(value)
+    (RESULTS / f"{name}.json").write_text(block(results) + "\n", encoding="utf-8")

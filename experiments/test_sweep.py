@@ -1,0 +1,62 @@
+"""A sweep at toy size: what it runs, what it leaves, and what a second start does not run again."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from experiments import lab, sweep
+from test_apo import inside
+
+APO, GRPO = "apo --lora=4 --lr=1e-3", "grpo --group=2 after --samples=3"
+TRAIN = "@tiny/train.args --batch_size=4 --eval_limit=8 --eval_every=1"
+FLAGS = ["--seeds=2", "--steps=2", "--stage1=@tiny/vstar.args --samples=1 --limit=8", f"--train={TRAIN}"]
+
+
+@pytest.mark.whole
+def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
+    ran = []
+
+    def in_this_process(command, **_):
+        ran.append(command)
+        return inside(*command[1:])
+
+    def start(*ways_and_flags):
+        name = str(tmp_path / "toy")  # not a name in out/
+        monkeypatch.setattr(sys, "argv", ["sweep", name, *FLAGS, "--ways", *ways_and_flags])
+        sweep.main()
+        return json.loads((tmp_path / "toy.json").read_text(), parse_constant=pytest.fail)
+
+    monkeypatch.setattr(lab, "machine", dict)
+    monkeypatch.setattr(lab, "side_by_side", lambda args, calls: [call() for call in calls])
+    monkeypatch.setattr(lab.subprocess, "run", in_this_process)
+    found = start(APO, GRPO)
+    assert len(ran) == 8 and (tmp_path / "toy.png").exists()  # both stages, twice each
+    for way in APO, GRPO:
+        curves = found["curves"][way]
+        mean = sum(curve[-1][1] for curve in curves) / 2
+        assert len(curves) == 2 and found["table"][way]["accuracy"][0] == round(mean, 4)
+        assert [step for step, _ in curves[0]] == [0, 1, 2]
+    for folder, samples in {"stage1_": 1, "stage1_--samples=3": 3}.items():  # GRPO has its own
+        rows = lab.read(tmp_path / "toy" / folder / "1/vstar.jsonl")
+        assert len(rows) == 8 and len(rows[0]["rewards"]) == samples
+    settings = json.loads((tmp_path / "toy/apo_--lora=4_--lr=1e-3/1/run/config.json").read_text())["settings"]
+    assert (settings["lora"], settings["lr"], settings["seed"]) == (4, 1e-3, 1)
+
+    # the same ways in another order: nothing is run
+    assert start(GRPO, APO)["table"] == found["table"] and len(ran) == 8
+    # with other flags nothing old is taken for it: Stage 2 runs again
+    start(APO, "--steps=1")
+    assert len(ran) == 10
+
+
+def test_results_are_json(tmp_path, monkeypatch):
+    """JSON has no NaN: what was never reached is null."""
+    kept = list(lab.RESULTS.glob("*.json"))
+    monkeypatch.setattr(lab, "RESULTS", tmp_path)
+    monkeypatch.setattr(lab, "machine", dict)
+    lab.save("new", seconds=math.nan, table=dict(apo=[1.5, math.nan]))
+    for path in (*kept, tmp_path / "new.json"):
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found == dict(machine={}, seconds=None, table=dict(apo=[1.5, None]))
