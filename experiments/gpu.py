@@ -130,7 +130,7 @@ def restart(args):
     first, again = args.out / "world/bfloat16", args.out / "world/again"
     remove(again)
     shutil.copytree(first, again)
-    remove(train.saved(again)[-1])
+    remove(train.checkpoints(again)[-1])
     remove(again / "model")
     before, old = train.last_checkpoint(again), lab.read(first / "metrics.jsonl")
     new = train_world(args, "bfloat16", again)
@@ -153,16 +153,15 @@ def engine(args, name):
     flags = [f"--vstar={stage1(args)}", f"--engine={name}", "--dtype=bfloat16", "--lr=3e-3"]
     settings = train.make_parser(train.APO).parse_args(flags)
     device = vstar.start_process(settings, group=True)
-    rows, _ = train.read_stage1(settings)
-    tokenizer, eos = vstar.ask(rows, settings)
-    rows = rows[:64]
-    run = train.make_run(settings, train.APO(settings), tokenizer, eos, rows, device)
-    result = dict(greedy_answers_alike=greedy_alike(run, rows, eos))
+    problems = train.settle(settings, *train.read_stage1(settings))[:64]
+    tokenizer, eos = vstar.add_prompts(problems, settings)
+    run = train.make_run(settings, train.APO(settings), tokenizer, eos, problems, device)
+    result = dict(greedy_answers_alike=greedy_alike(run, problems, eos))
     for push in range(3):
-        result[f"after {push} updates"] = pushed(run, rows, push)
+        result[f"after {push} updates"] = pushed(run, problems, push)
     if getattr(run.sampler, "sleeps", False):
         free = lambda: torch.cuda.mem_get_info()[0] / 2**30  # of the whole GPU, whoever has the rest
-        with run.sampler.holding(run.policy):
+        with run.sampler.weights_of(run.policy):
             result["gib_free_awake"] = free()
         result["gib_free_asleep"] = free()
     run.sampler.close()
@@ -173,33 +172,33 @@ def engine(args, name):
     return dict(result, holds=all(holds) and result["greedy_answers_alike"] > 0.8)
 
 
-def greedy_alike(run, rows, eos):
+def greedy_alike(run, problems, eos):
     """The share of the engine's greedy answers that the decode loop gives too, one prompt at a time."""
-    prompts, zeros = [row["tokens"] for row in rows], [0] * len(rows)
+    prompts, zeros = [problem["tokens"] for problem in problems], [0] * len(problems)
     loop = TransformersSampler(None, eos, run.args.max_new_tokens, 0.0, 1)
-    with loop.holding(run.policy):
+    with loop.weights_of(run.policy):
         alone = loop.generate(prompts, 1, zeros)
     settings = vars(run.sampler) if run.args.engine == "transformers" else run.sampler.sampling
     usual, settings["temperature"] = settings["temperature"], 0.0
-    with run.sampler.holding(run.policy):
+    with run.sampler.weights_of(run.policy):
         engines = run.sampler.generate(prompts, 1, zeros)
     settings["temperature"] = usual
     alike = [one.tokens == other.tokens for (one,), (other,) in zip(alone, engines)]
     return sum(alike) / len(alike)
 
 
-def pushed(run, rows, push):
+def pushed(run, problems, push):
     """An update between two pushes. How far (nats a token) are the engine's log-probabilities off the weights
     that it should have, off π_ref's, and off the weights after the update, as if the next push failed?"""
-    samples = train.rollout(run, [(push * len(rows) + i, row) for i, row in enumerate(rows)])
-    given = run.objective.given(run, samples)
-    train.set_rate(run.optimizer, push, run.args)
-    numbers = train.update(run, samples, given)
-    after = train.by_token(run.policy, samples, run.args, run.device)
+    samples = train.rollout(run, [*enumerate(problems, push * len(problems))])
+    constants = run.objective.constants(run, samples)
+    train.set_lr(run.optimizer, push, run.args)
+    numbers = train.update(run, samples, constants)
+    after = train.token_logps(run.policy, samples, run.args, run.device)
     engines = train.on_tokens(samples, [sample.completion.logps for sample in samples], after)
     tokens = sum(len(sample.completion.tokens) for sample in samples)
     off = lambda logp: ((engines - logp).abs().sum() / tokens).item()
-    return dict(off_the_trainer=numbers["mismatch"], off_the_first_weights=off(given["ref_logp"]),
+    return dict(off_the_trainer=numbers["mismatch"], off_the_first_weights=off(constants["ref_logp"]),
                 off_if_stale=off(after))
 
 

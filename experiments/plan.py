@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 import train
 import vstar
 from experiments.baselines import ALGORITHMS
-from rewards import encode, fail
-from train import APO, Policy, Sample
+from rewards import fail
+from train import APO, LoraPolicy, Policy, Sample
 from vstar import WORLD, Completion, run_script
 
 # memory in GiB, dense bf16 FLOP/s, bytes/s of memory, and (one way) to other GPUs of the node, by the makers'
@@ -88,17 +88,18 @@ def parse_args():
 
 def lengths_of_stage1(args):
     """Mean tokens of a prompt and of a completion. `args` gets the rest from Stage 1, as in training."""
-    rows, _ = train.read_stage1(args)
-    vstar.ask(rows, args)
-    prompts = [len(row["tokens"]) for row in rows]
-    return np.mean(prompts), np.mean([row["lengths"] for row in rows])
+    problems = train.settle(args, *train.read_stage1(args))
+    vstar.add_prompts(problems, args)
+    prompts = [len(problem["tokens"]) for problem in problems]
+    return np.mean(prompts), np.mean([problem["lengths"] for problem in problems])
 
 
 def settle(args, prompt):
-    """Sets args.dtype, args.engine, and args.width: the tokens of the longest row."""
+    """Sets args.dtype, args.engine, args.lr, and args.width: the tokens of the longest row."""
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.gpu in GPUS else "float32"
     args.width = math.ceil(prompt) + args.max_new_tokens
+    args.lr = args.stage == 2 and (args.lr or 1e-6)  # a baseline asks for it
     if args.engine == "auto":  # vLLM would hold the merged weights of --lora in fp32
         rounds = args.stage == 2 and args.lora and args.dtype == "bfloat16"
         args.engine = "vllm" if args.gpu in GPUS and not rounds else "transformers"
@@ -159,7 +160,7 @@ def networks_of(objective):
     trained = 1 + len(objective.networks(stand_in))
     sample = Sample(dict(tokens=[0], vstar=0.0), Completion([0], True, [0.0]), "", 0.0, 0)
     run = Namespace(policy=stand_in("policy"), reference=stand_in("reference"), device="cpu")
-    objective.given(run, [sample] * objective.completions)
+    objective.constants(run, [sample] * objective.completions)
     return trained, len(asked)
 
 
@@ -363,14 +364,11 @@ def activations(shape, dtype, rows, width, recompute, gpu, rank):
     """→ the bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; of
     these, what is kept from the forward pass for the backward pass; and the parameters that --lora adds"""
     with FakeTensorMode(), Live() as live:
-        policy = Policy(transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype), recompute)
-        if rank:
-            policy.adapt(rank, dtype, 0)
+        model = transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype)
+        policy = LoraPolicy(model, rank, dtype, 0, recompute) if rank else Policy(model, recompute)
         learned = [p for p in policy.parameters() if p.requires_grad]
         for parameter in learned:  # a gradient leaves as soon as it is whole: they are counted elsewhere
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        for block in policy.blocks:
-            block.training = recompute
         before, ids = live.now, torch.zeros(rows, width, dtype=torch.long)
         hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         kept = live.now - before

@@ -69,7 +69,7 @@ def warm_up(tokenizer, model, problems, steps, lr=5e-5, wrong=0.25, batch=16, se
             ids.append(torch.tensor(prompt + shown + [tokenizer.eos_token_id]))
             mask.append(torch.arange(len(ids[-1])) >= len(prompt))
         ids, mask = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (ids, mask))
-        loss = -policy(input_ids=ids, mask=mask).sum() / mask.sum()
+        loss = -policy(input_ids=ids, completion_mask=mask).sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

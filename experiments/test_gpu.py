@@ -13,7 +13,7 @@ import torch
 import train
 import vstar
 from experiments import gpu
-from test_apo import HERE, dist, long, refused, run
+from tests.helpers import HERE, long, refused, run
 
 on_cpu = dict(CUDA_VISIBLE_DEVICES="")
 
@@ -66,10 +66,10 @@ def test_an_engine_with_old_weights_does_not_hold(contact, tmp_path, monkeypatch
         sampler.model = first
         return policy.gathered()
 
-    monkeypatch.setattr(vstar.TransformersSampler, "holding", never_new)
+    monkeypatch.setattr(vstar.TransformersSampler, "weights_of", never_new)
     with chdir(HERE):
         found = gpu.engine(SimpleNamespace(out=out, toy=True), "transformers")
-    assert not found["holds"] and not dist.is_initialized()
+    assert not found["holds"] and not torch.distributed.is_initialized()
     assert found["after 0 updates"]["off_the_trainer"] < 0.01  # π is π_ref still
     last = found["after 2 updates"]
     assert last["off_the_trainer"] > 10 * last["off_the_first_weights"]

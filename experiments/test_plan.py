@@ -7,11 +7,10 @@ import pytest
 import torch
 import transformers
 
-import test_apo
 import train
 from experiments import plan
 from experiments.baselines import GRPO, PPO, REBEL
-from test_apo import (
+from tests.helpers import (
     HERE,
     ends_in_one_line,
     inside,
@@ -26,12 +25,10 @@ from test_apo import (
 )
 from vstar import Completion
 
-all_rows = test_apo.all_rows  # a fixture
-
 
 def settled(**more):
     """What Stage 2's plan works with."""
-    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5,
+    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5, lr=1e-6,
                  width=128, tokens_per_microbatch=1024)
     return some_args(**{**usual, **more})
 
@@ -55,14 +52,13 @@ def test_plan_is_what_an_update_allocates(kind, recompute, lora):
     samples = [train.Sample(problem, completion, "", 1.0, i) for i in range(16)]
     config = make().config
     with plan.Live() as live:
-        policy = train.Policy(make(), recompute == "yes")
-        if lora:
-            policy.adapt(lora, torch.float32, 0)
+        more = recompute == "yes"
+        policy = train.LoraPolicy(make(), lora, torch.float32, 0, more) if lora else train.Policy(make(), more)
         reference = policy.unadapted if lora else train.Policy(make()).requires_grad_(False)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
         run = run_of(objective, policy, reference, optimizer)
         for _ in range(2):
-            train.update(run, samples, objective.given(run, samples))
+            train.update(run, samples, objective.constants(run, samples))
     learned = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = sum(p.numel() for p in policy.parameters())
     shape = plan.Shape(config, total - learned if lora else total, 0, 0, 0)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import lab, real
-from test_apo import HERE, long, read_jsonl
+from tests.helpers import HERE, long, read_jsonl, settings_in
 
 
 def test_problems_differ_and_their_answers_are_right():
@@ -63,8 +63,7 @@ def test_both_stages_at_toy_size(tmp_path, monkeypatch):
         assert [step for step, _ in run["curve"]] == [0, 2] and run["memory_gb"] > 0
         assert {"pass@1", "pass@2", "kl", "entropy"} <= {*run}
     for way, lora, answers in ("lora16", 16, 32), ("grpo", None, 32):
-        config = tmp_path / f"runs/{way}/0/run/config.json"
-        settings = json.loads(config.read_text())["settings"]
+        settings = settings_in(tmp_path / f"runs/{way}/0/run/config.json")
         assert settings["lora"] == lora and settings.get("group", 1) * settings["batch_size"] == answers
     train, test = ({problem["question"] for problem in read_jsonl(tmp_path / f"runs/{name}.jsonl")}
                    for name in ("train", "test"))

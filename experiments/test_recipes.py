@@ -7,7 +7,7 @@ import transformers
 
 import train
 import vstar
-from test_apo import HERE, inside, read_jsonl, whole
+from tests.helpers import HERE, inside, read_jsonl, whole
 
 FOLDER = HERE / "experiments/recipes"
 NAMES = ("gsm8k", "math", "deepseek16k")

@@ -43,7 +43,7 @@ def main():
     add("--rounds", type=int, default=5, help="the median of so many counts, after one to warm up")
     add("--name", default="limits")
     args = parser.parse_args()
-    vars(args).update(dtype="auto", temperature=1.0, beta2=0.1, max_grad_norm=1.0)  # for the update
+    vars(args).update(dtype="auto", engine="transformers", temperature=1.0, beta2=0.1, max_grad_norm=1.0)  # for the update
     device = start_process(args, group=True)
     path = lab.random_model(args.shape) if args.shape else args.model
     dtype = getattr(torch, args.dtype)
@@ -130,8 +130,8 @@ def update(args, model, shape, dtype, flops, device):
     objective = train.APO(args)
     run = SimpleNamespace(args=args, objective=objective, policy=policy, reference=policy,
                           optimizer=optimizer, device=device)
-    given = objective.given(run, samples)
-    call = lambda: train.update(run, samples, given)
+    constants = objective.constants(run, samples)
+    call = lambda: train.update(run, samples, constants)
     seconds = seconds_of(call, args.rounds)
     tokens = args.rows * (args.prompt + args.tokens)
     forward = plan.forward_flops(shape, args.rows, args.prompt, args.tokens)

@@ -10,7 +10,7 @@ from experiments.tasks import choices
 from experiments.tasks.countdown import reward
 from rewards import load_problems
 from rewards import reward as ordinary
-from test_apo import HERE, HOSTILE
+from tests.helpers import HERE
 
 ROW = dict(nums=[4, 7, 9, 4], target=37)
 
@@ -60,7 +60,7 @@ def test_its_value_must_be_exact():
 
 
 @pytest.mark.parametrize("text", [
-    *HOSTILE, "1+" * 199 + "1", "(" * 149 + "1", "(" * 74 + "1" + ")" * 74, "-" * 149 + "1", "9" * 5000])
+    "", "}" * 99, "\\boxed{" * 5000, "\\boxed{\\boxed{7}", "\ud800", "٣", "1+" * 199 + "1", "(" * 149 + "1", "(" * 74 + "1" + ")" * 74, "-" * 149 + "1", "9" * 5000])
 def test_hostile_text_earns_nothing_and_raises_nothing(text):
     for response in (text, f"\\boxed{{{text}}}", f"\\boxed{{7*4+9=\\boxed{{{text}", f"#### {text}"):
         assert reward(response, ROW, True) == 0

@@ -1,6 +1,5 @@
 """Tic-tac-toe: the game, its reward, the split, and both stages at toy size."""
 
-import json
 import random
 import sys
 
@@ -20,7 +19,7 @@ from experiments.tasks.tictactoe import (
     worked,
 )
 from rewards import final_answers
-from test_apo import HERE, inside, long, read_jsonl
+from tests.helpers import HERE, inside, long, read_jsonl, settings_in
 
 SIDES = split(random.Random(0))
 
@@ -110,6 +109,5 @@ def test_both_stages_at_toy_size(tmp_path, monkeypatch):
     inside("vstar.py", f"@{tmp_path}/vstar.args", "--limit=16", "--samples=2", "--engine=transformers")
     few = ["--steps=2", "--batch_size=8", "--eval_limit=8", "--engine=transformers"]
     inside("train.py", f"@{tmp_path}/train.args", *few)
-    settings = json.loads((tmp_path / "vstar.config.json").read_text())["settings"]
-    assert settings["reward"] == "experiments/tasks/tictactoe.py:reward"
+    assert settings_in(tmp_path / "vstar.config.json")["reward"] == "experiments/tasks/tictactoe.py:reward"
     assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
