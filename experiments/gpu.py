@@ -5,9 +5,8 @@
 
 bf16, fp32           the embedded world from start to end; both should reach the same accuracy
 restart              the run of bf16 again from its last checkpoint but one, in another process: same numbers?
-transformers, vllm   each engine's log-probabilities against the trainer's, before and after real updates; its
-                     greedy answers against those of the decode loop, one prompt at a time; what vLLM's sleep
-                     gives back
+transformers, vllm   each engine's log-probabilities against the trainer's, before and after real updates;
+                     what vLLM's sleep gives back
 phases               speed/phases.py in the shape of Qwen2.5-1.5B, full and with --lora 16: seconds, and the
                      memory beside the plan's
 
@@ -33,7 +32,7 @@ import vstar
 from experiments import lab
 from experiments.speed import phases
 from rewards import fail
-from vstar import TransformersSampler, remove, run_script
+from vstar import remove, run_script
 
 
 def main():
@@ -156,9 +155,9 @@ def engine(args, name):
     problems = train.settle(settings, *train.read_stage1(settings))[:64]
     tokenizer, eos = vstar.add_prompts(problems, settings)
     run = train.make_run(settings, train.APO(settings), tokenizer, eos, problems, device)
-    result = dict(greedy_answers_alike=greedy_alike(run, problems, eos))
-    for push in range(3):
-        result[f"after {push} updates"] = pushed(run, problems, push)
+    result = {f"after {push} updates": pushed(run, problems, push) for push in range(3)}
+    holds = [numbers["off_the_trainer"] < min(0.1, numbers["off_if_stale"] / 5)
+             for numbers in result.values()]
     if getattr(run.sampler, "sleeps", False):
         free = lambda: torch.cuda.mem_get_info()[0] / 2**30  # of the whole GPU, whoever has the rest
         with run.sampler.weights_of(run.policy):
@@ -167,24 +166,7 @@ def engine(args, name):
     run.sampler.close()
     if dist.is_initialized():
         dist.destroy_process_group()
-    holds = [numbers["off_the_trainer"] < min(0.1, numbers["off_if_stale"] / 5)
-             for numbers in result.values() if isinstance(numbers, dict)]
-    return dict(result, holds=all(holds) and result["greedy_answers_alike"] > 0.8)
-
-
-def greedy_alike(run, problems, eos):
-    """The share of the engine's greedy answers that the decode loop gives too, one prompt at a time."""
-    prompts, zeros = [problem["tokens"] for problem in problems], [0] * len(problems)
-    loop = TransformersSampler(None, eos, run.args.max_new_tokens, 0.0, 1)
-    with loop.weights_of(run.policy):
-        alone = loop.generate(prompts, 1, zeros)
-    settings = vars(run.sampler) if run.args.engine == "transformers" else run.sampler.sampling
-    usual, settings["temperature"] = settings["temperature"], 0.0
-    with run.sampler.weights_of(run.policy):
-        engines = run.sampler.generate(prompts, 1, zeros)
-    settings["temperature"] = usual
-    alike = [one.tokens == other.tokens for (one,), (other,) in zip(alone, engines)]
-    return sum(alike) / len(alike)
+    return dict(result, holds=all(holds))
 
 
 def pushed(run, problems, push):

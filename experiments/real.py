@@ -43,7 +43,8 @@ KS = (1, 2, 4, 8)
 
 def problems(count, seed=0):
     """Different sums of two numbers of two digits."""
-    pairs = random.Random(seed).sample([*product(range(10, 100), repeat=2)], count)
+    every = [*product(range(10, 100), repeat=2)]
+    pairs = random.Random(seed).sample(every, count)
     return [dict(question=f"{a} + {b}", answer=str(a + b)) for a, b in pairs]
 
 
@@ -139,7 +140,8 @@ def one(args, way, seed):
     seconds = lab.took(out, "train" if algorithm == "apo" else algorithm)
     if algorithm == "apo":  # the others do not need Stage 1
         seconds += lab.took(first.parent, "vstar")
-    last = {key: lab.mean(key, rows[-5:]) for key in ("reward", "kl", "entropy", "length")}
+    keys = ("reward", "kl", "entropy", "length")
+    last = {key: lab.mean(key, rows[-5:]) for key in keys}
     memory = max(row["memory_gb"] for row in rows[1:])
     curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
     passes = measured(args, out / "eval", out / "run/model")

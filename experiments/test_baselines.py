@@ -40,7 +40,8 @@ def baseline(name, rows, out, *more):
 
 def test_rebel_by_hand():
     # two answers, one right: log-ratios 0.3 and −0.1 over η = 2 make 0.2, the rewards differ by 1: (0.2 − 1)²
-    loss = baselines.rebel_loss(tensor([[-1.0, -2.0]]), tensor([[-1.3, -1.9]]), tensor([[1.0, 0.0]]), 2.0)
+    logp, old_logp = tensor([[-1.0, -2.0]]), tensor([[-1.3, -1.9]])
+    loss = baselines.rebel_loss(logp, old_logp, tensor([[1.0, 0.0]]), 2.0)
     assert loss.tolist() == pytest.approx([0.64])
 
 
@@ -50,9 +51,11 @@ def test_grpo_by_hand():
     assert advantage[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
     # two tokens: ratio 1 (gain 3/2) and ratio 2, clipped to 1.2 (gain 1.8); a third column is no token
     # π_ref gives the second half as much as π: its KL estimate is 1/2 + ln 2 − 1
-    logp, old = tensor([[-1.0, math.log(0.5), -9.0]]), tensor([[-1.0, math.log(0.25), 0.0]])
-    loss = baselines.grpo_loss(logp, old, old, tensor([1.5]), tensor([[True, True, False]]), 0.1, 0.2)
-    assert loss.item() == pytest.approx((-(1.5 + 1.8) + 0.1 * (0.5 + math.log(2) - 1)) / 2)
+    logp = tensor([[-1.0, math.log(0.5), -9.0]])
+    old = tensor([[-1.0, math.log(0.25), 0.0]])
+    mask, kl = tensor([[True, True, False]]), 0.5 + math.log(2) - 1
+    loss = baselines.grpo_loss(logp, old, old, tensor([1.5]), mask, 0.1, 0.2)
+    assert loss.item() == pytest.approx((-(1.5 + 1.8) + 0.1 * kl) / 2)
     # a worse answer whose ratio has grown is not spared: the minimum takes the unclipped
     worse = baselines.clipped_surrogate(tensor(math.log(2)), tensor(0.0), tensor(-1.0), 0.2)
     assert worse.item() == pytest.approx(2)
@@ -63,7 +66,8 @@ def test_a_group_of_equals_teaches_nothing(r):
     logp = torch.full((8, 3), -1.0, requires_grad=True)
     advantage = baselines.group_advantage(torch.full((1, 8), r)).flatten()
     old = logp.detach()
-    baselines.grpo_loss(logp, old, old, advantage, torch.ones(8, 3), 0.1, 0.2).sum().backward()
+    loss = baselines.grpo_loss(logp, old, old, advantage, torch.ones(8, 3), 0.1, 0.2)
+    loss.sum().backward()
     assert not advantage.any() and not logp.grad.any()
 
 
@@ -76,12 +80,14 @@ def test_the_critic_is_ten_times_as_fast(critic_lr, expected):
 @pytest.mark.parametrize("lam", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_gae_against_the_double_sum(gamma, lam):
-    """The λ-weighted mean of the k-step estimates, the last of which takes all that is left; unlike lengths."""
-    reward, value = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    """The λ-weighted mean of the k-step estimates, the last of which takes all that is left."""
+    rng = torch.Generator().manual_seed(0)
+    reward, value = torch.randn(2, 3, 7, dtype=torch.float64, generator=rng)
     lengths = (6, 4, 1)
     for row, length in enumerate(lengths):
         reward[row, length:] = value[row, length:] = 0
-    for r, v, found, length in zip(reward, value, baselines.gae(reward, value, gamma, lam), lengths):
+    advantage = baselines.gae(reward, value, gamma, lam)
+    for r, v, found, length in zip(reward, value, advantage, lengths):
         for t in range(length):
             expected = 0.0
             for k in range(1, length - t + 1):
@@ -119,7 +125,7 @@ def naive_rebel(args, samples, known):
     for sample, new, old, ref in zip(samples, known.logp, known.old_logp, known.ref_logp):
         gain = sample.reward - args.beta2 * (old - ref).sum()
         off.append((new - old).sum() / args.eta - gain)
-    losses = [(off[i] - off[i + 1]) ** 2 for i in range(0, len(off), 2)]
+    losses = [(one - other) ** 2 for one, other in zip(off[::2], off[1::2])]
     return sum(losses) / len(losses), tensor(0.0)
 
 
@@ -172,8 +178,8 @@ def make_critic(kind, recompute, seed):
 ])
 def test_update_is_naive_autograd(algorithm, naive_loss, kind, temperature, recompute, dr_grpo, monkeypatch):
     monkeypatch.setattr(train.Policy, "chunk", lambda *_: 7)
-    args = some_args(group=8, eta=0.5, clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8, passes=2,
-                     dr_grpo=dr_grpo, temperature=temperature)
+    flags = dict(group=8, eta=0.5, clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8, passes=2)
+    args = some_args(**flags, dr_grpo=dr_grpo, temperature=temperature)
     critic = dict(make_critic=make_critic) if algorithm is PPO else {}
     compare_with_autograd(algorithm(args), naive_loss, kind, recompute, **critic)
 

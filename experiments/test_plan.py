@@ -28,8 +28,8 @@ from vstar import Completion
 
 def settled(**more):
     """What Stage 2's plan works with."""
-    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5, lr=1e-6,
-                 width=128, tokens_per_microbatch=1024)
+    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5,
+                 lr=1e-6, width=128, tokens_per_microbatch=1024)
     return some_args(**{**usual, **more})
 
 
@@ -52,8 +52,10 @@ def test_plan_is_what_an_update_allocates(kind, recompute, lora):
     samples = [train.Sample(problem, completion, "", 1.0, i) for i in range(16)]
     config = make().config
     with plan.Live() as live:
-        more = recompute == "yes"
-        policy = train.LoraPolicy(make(), lora, torch.float32, 0, more) if lora else train.Policy(make(), more)
+        if lora:
+            policy = train.LoraPolicy(make(), lora, torch.float32, 0, recompute == "yes")
+        else:
+            policy = train.Policy(make(), recompute == "yes")
         reference = policy.unadapted if lora else train.Policy(make()).requires_grad_(False)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
         run = run_of(objective, policy, reference, optimizer)
@@ -181,8 +183,8 @@ def test_plan_of_a_short_model(planned):
 def test_plan_of_stage1(planned):
     words = planned("8xH100", "--data=math", "--stage=1").stdout
     assert "14.19 GiB" in words and "it fits" in words  # 7.6 billion weights of two bytes
-    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and values
-    # of 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; the products take 7.3 s
+    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and
+    # values of 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; products take 7.3 s
     assert "at least 0.1 minutes, 0.02 GPU hours" in words
 
 

@@ -20,7 +20,8 @@ def test_problems_differ_and_their_answers_are_right():
 def test_a_slip_changes_one_digit():
     rng = random.Random(0)
     slips = [real.slip(rng, "130") for _ in range(1000)]
-    assert {sum(a != b for a, b in zip(slip, "130")) for slip in slips} == {1} and len(set(slips)) == 27
+    assert {sum(a != b for a, b in zip(slip, "130")) for slip in slips} == {1}
+    assert len(set(slips)) == 27
 
 
 def test_a_warm_up_teaches_answers_and_their_end():
@@ -28,17 +29,19 @@ def test_a_warm_up_teaches_answers_and_their_end():
     folder = HERE / "tiny/model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     problem, shown = dict(question="12 + 34", answer="46"), "12 + 34 = \\boxed{46}"
-    prompt, answer = (tokenizer(text).input_ids for text in (real.PROMPT.format(**problem), shown))
+    prompt = tokenizer(real.PROMPT.format(**problem)).input_ids
+    answer = tokenizer(shown).input_ids
     ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
 
     @torch.no_grad()
     def logps():
-        found = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        return found[len(prompt) - 1 :]
+        found = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return found.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :]
 
     before = logps()
     real.warm_up(tokenizer, model, [problem] * 2, steps=30, lr=3e-3, wrong=0, batch=2)
-    assert len(before) == len(answer) + 1 and logps().min() > -0.5 > before.min()
+    assert len(before) == len(answer) + 1
+    assert logps().min() > -0.5 > before.min()
 
 
 @long

@@ -43,7 +43,8 @@ def main():
     add("--rounds", type=int, default=5, help="the median of so many counts, after one to warm up")
     add("--name", default="limits")
     args = parser.parse_args()
-    vars(args).update(dtype="auto", engine="transformers", temperature=1.0, beta2=0.1, max_grad_norm=1.0)  # for the update
+    # what a run has, for the update
+    vars(args).update(dtype="auto", engine="transformers", temperature=1.0, beta2=0.1, max_grad_norm=1.0)
     device = start_process(args, group=True)
     path = lab.random_model(args.shape) if args.shape else args.model
     dtype = getattr(torch, args.dtype)
@@ -56,7 +57,7 @@ def main():
                    update=update(args, model, shape, dtype, flops, device))
     lab.save(args.name, **results)
     for name in ("decode", "update"):
-        print(name, {key: round(value, 4) for key, value in results[name].items()})
+        print(name, results[name])
 
 
 def seconds_of(call, rounds):
@@ -88,8 +89,8 @@ def decode(args, model, shape, dtype, bandwidth):
     """All rows write all tokens, so that the work is known."""
     rng = random.Random(0)
     # of unlike length, as in training: padding needs a mask, and attention with one is slower
-    lengths = [rng.randint(args.prompt // 2, args.prompt) for _ in range(args.decode_rows)]
-    prompts = [[rng.randrange(1, 19) for _ in range(length)] for length in lengths]
+    lengths = rng.choices(range(args.prompt // 2, args.prompt + 1), k=args.decode_rows)
+    prompts = [rng.choices(range(1, 19), k=length) for length in lengths]
     sampler = TransformersSampler(model, [-1], args.tokens, 1.0, args.decode_rows)
     call = lambda: sampler.generate(prompts, 1, list(range(args.decode_rows)))
     whole, inside, forward = seconds_of(call, args.rounds), [], model.forward

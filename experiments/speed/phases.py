@@ -42,7 +42,7 @@ def main():
                     stage1_tokens_per_second=round(tokens / seconds))
     for way in args.only:
         results[way] = one(args, way, out / way, first, model)
-        print(way, {key: float(f"{value:.3g}") for key, value in results[way].items()}, flush=True)
+        print(way, {key: round(value, 3) for key, value in results[way].items()}, flush=True)
         lab.save(args.name, settings=settings, results=results)
 
 
@@ -52,7 +52,8 @@ def one(args, way, out, first, model):
              f"--engine={args.engine}", *["--lora=16"] * bool(lora)]
     Objective, shape = plan.OBJECTIVES[algorithm], plan.load_shape(model)
     settings = train.make_parser(Objective).parse_args(flags)
-    vars(settings).update(stage=2, temperature=1.0, max_new_tokens=args.tokens, ranks=1, gpu="CPU")
+    vars(settings).update(stage=2, ranks=1, gpu="CPU", temperature=1.0)
+    settings.max_new_tokens = args.tokens
     flops, bandwidth = limits()
     if torch.cuda.is_available():  # as much memory as it has, whatever it is
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -62,7 +63,8 @@ def one(args, way, out, first, model):
 
     rows = lab.train(args, out, first, *flags, algorithm=algorithm)
     rows = [row for row in rows if row["step"] > 1]
-    found = {phase: lab.mean(phase, [row["seconds"] for row in rows]) for phase in lab.PHASES}
+    seconds = [row["seconds"] for row in rows]
+    found = {phase: lab.mean(phase, seconds) for phase in lab.PHASES}
     answers, length = args.batch_size * objective.completions, lab.mean("length", rows)
     trained, _ = plan.networks_of(objective)
     passes = objective.passes * trained * (2 if lora else 3)

@@ -60,7 +60,9 @@ def test_its_value_must_be_exact():
 
 
 @pytest.mark.parametrize("text", [
-    "", "}" * 99, "\\boxed{" * 5000, "\\boxed{\\boxed{7}", "\ud800", "٣", "1+" * 199 + "1", "(" * 149 + "1", "(" * 74 + "1" + ")" * 74, "-" * 149 + "1", "9" * 5000])
+    "", "}" * 99, "\\boxed{" * 5000, "\\boxed{\\boxed{7}", "\ud800", "٣", "9" * 5000, "1+" * 199 + "1",
+    "(" * 149 + "1", "(" * 74 + "1" + ")" * 74, "-" * 149 + "1",
+])
 def test_hostile_text_earns_nothing_and_raises_nothing(text):
     for response in (text, f"\\boxed{{{text}}}", f"\\boxed{{7*4+9=\\boxed{{{text}", f"#### {text}"):
         assert reward(response, ROW, True) == 0
