@@ -6,10 +6,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-import train
-from experiments import plan
-from experiments.baselines import GRPO, PPO, REBEL
 from tests.helpers import (
     HERE,
     ends_in_one_line,
@@ -23,6 +19,10 @@ from tests.helpers import (
     tiny_model,
     whole,
 )
+
+import train
+from experiments import plan
+from experiments.baselines import GRPO, PPO, REBEL
 from vstar import Completion
 
 
@@ -204,7 +204,7 @@ def test_plan_of_what_stage1_wrote(all_rows, monkeypatch):
 def test_this_machine(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, found in ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L40S", "L40S"):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert plan.read_machine("") == (1, found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     ends_in_one_line(capsys, lambda: plan.read_machine(""), "Tesla T4", "H100")

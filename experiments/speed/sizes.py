@@ -3,7 +3,6 @@
     python -m experiments.speed.sizes     → experiments/results/sizes.json, and a list    (no weights, no GPU)
 """
 
-from argparse import Namespace
 
 from experiments import lab, plan
 from train import APO, make_parser
