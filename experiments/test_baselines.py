@@ -6,6 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import tensor
+from torch.distributed.checkpoint import FileSystemReader
+
+import train
+from experiments import baselines
+from experiments.baselines import ALGORITHMS, GRPO, PPO, REBEL
+from test_apo import compare_with_autograd
 from tests.helpers import (
     close,
     inside,
@@ -20,13 +27,6 @@ from tests.helpers import (
     weights,
     whole,
 )
-from torch import tensor
-from torch.distributed.checkpoint import FileSystemReader
-
-import train
-from experiments import baselines
-from experiments.baselines import ALGORITHMS, GRPO, PPO, REBEL
-from test_apo import compare_with_autograd
 from vstar import read_flags
 
 

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
+import train
+from experiments import plan
+from experiments.baselines import GRPO, PPO, REBEL
 from tests.helpers import (
     HERE,
     ends_in_one_line,
@@ -19,10 +23,6 @@ from tests.helpers import (
     tiny_model,
     whole,
 )
-
-import train
-from experiments import plan
-from experiments.baselines import GRPO, PPO, REBEL
 from vstar import Completion
 
 

@@ -5,12 +5,12 @@ import sys
 
 import datasets
 import pytest
-from tests.helpers import HERE
 
 from experiments.tasks import choices
 from experiments.tasks.countdown import reward
 from rewards import load_problems
 from rewards import reward as ordinary
+from tests.helpers import HERE
 
 ROW = dict(nums=[4, 7, 9, 4], target=37)
 

@@ -4,7 +4,6 @@ import random
 import sys
 
 import pytest
-from tests.helpers import HERE, inside, long, read_jsonl, settings_in
 
 from experiments.tasks import tictactoe
 from experiments.tasks.tictactoe import (
@@ -20,6 +19,7 @@ from experiments.tasks.tictactoe import (
     worked,
 )
 from rewards import final_answers
+from tests.helpers import HERE, inside, long, read_jsonl, settings_in
 
 SIDES = split(random.Random(0))
 
