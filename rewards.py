@@ -265,7 +265,7 @@ def readable(text):
 LONGEST = 400  # characters; the benchmarks' longest gold has 210
 DEEPEST = 38  # levels of nesting
 MOST_ITEMS = 99  # of a list
-MOST_CHOICES = 6  # the ± of a text
+MOST_CHOICES = 5  # the ± of a text
 DIGITS = 60  # of a number
 FACTORIAL = 200  # the n of n!
 BITS = 10_000  # of a result, before its point and, if it is exact, behind it
@@ -308,7 +308,7 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in [
     (r"\\\$", r"\004"),  # the dollars that are left stand around formulas
     (r"(?<=\d\.)\(\d+\)", r"?\g<0>"),  # 0.(3) is no product
     (r"\$|\\[!,]", ""),
-    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![a-zA-Z])|\\[;:> ()\[\]]|\\?~", " "),
+    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![a-zA-Z])|\\[;:> ()\[\]~]|~", " "),
     (r"\003", r"\\\\"),
     (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1"),
     (r"\\frac\s*(\d)(\d)(?=\d)", r"\\frac{\1}{\2}"),  # \frac123 is \frac{1}{2}3
