@@ -45,24 +45,25 @@ def test_table(verdict):
             assert rewards.reward(response, gold, False) == 0.0  # cut off
 
 
-@pytest.mark.parametrize("gold,verdict", [("2, 1", 1.0), ("2", 1.0), ("1", 0.0), ("1, 2, 3", 0.0)])
-def test_several_boxes(gold, verdict):
-    assert rewards.reward(r"\boxed{1} and \boxed{2}", gold, True) == verdict
+def test_several_boxes():
+    for gold, verdict in {"2, 1": 1.0, "2": 1.0, "1": 0.0, "1, 2, 3": 0.0}.items():
+        assert rewards.reward(r"\boxed{1} and \boxed{2}", gold, True) == verdict
 
 
 HOSTILE = [
     # numbers without end
-    "9**9**9**9", "10^{10^{10}}", "1" * 1_000_000, "1e999999", r"\sin(1e999999)", "((((5!)!)!)!)!", "5!!!!!!", "201!",
-    "200!^200!", "2^{2^{2^{2^{2^2}}}}", "e^{e^{e^{e^{e}}}}", "exp(exp(100))", r"\sin(10^{300})",
-    r"\binom{200}{100}^{100}", "9" * 60 + "^{1000}", r"(\sin 1)^{9^{3000}}", "(9^{3000}x)!", "(1+10^{-60})^{10^{60}}",
+    "9**9**9**9", "10^{10^{10}}", "1" * 1_000_000, "1e999999", r"\sin(1e999999)", "((((5!)!)!)!)!", "5!!!!!!",
+    "201!", "200!^200!", "2^{2^{2^{2^{2^2}}}}", "e^{e^{e^{e^{e}}}}", "exp(exp(100))", r"\sin(10^{300})",
+    r"\binom{200}{100}^{100}", "9" * 60 + "^{1000}", r"(\sin 1)^{9^{3000}}", "(9^{3000}x)!",
+    "(1+10^{-60})^{10^{60}}",
     # no numbers
     r"\frac{1}{0}", "nan", "inf", "0^0", "0^{-1}", r"\log_{1}2", r"\log 0", "1/(x-x)", r"\tan(\pi/2)",
     r"\sqrt[0]{5}", r"\sqrt[\pi]{-2}", r"\sqrt[i]{-2}", "i^i", "(-8)^{1/3}", r"\pi!", r"\lfloor i \rfloor",
     # deep, long, many
-    "{" * 100_000, "\\boxed{" * 50_000 + "}" * 50_000, "\\boxed " * 50_000, "-" * 300 + "1", "(1," * 100, "1," * 200,
-    r"\sqrt{" * 50 + "2" + "}" * 50, r"\sin(" * 30 + "1" + ")" * 30, r"\begin{pmatrix}" + "1&" * 100,
-    r"\pm" * 20 + "1", r"\pm1" * 64, r"\cup" * 60, "<" * 99, "*".join(f"(x+{i})" for i in range(60)),
-    "(x+1)^{1000}", "(((((x^x)^x)^x)^x)^x)^x", "x" * 399,
+    "{" * 100_000, "\\boxed{" * 50_000 + "}" * 50_000, "\\boxed " * 50_000, "-" * 300 + "1",
+    "(1," * 100, "1," * 200, r"\sqrt{" * 50 + "2" + "}" * 50, r"\sin(" * 30 + "1" + ")" * 30,
+    r"\begin{pmatrix}" + "1&" * 100, r"\pm" * 20 + "1", r"\pm1" * 64, r"\cup" * 60, "<" * 99,
+    "*".join(f"(x+{i})" for i in range(60)), "(x+1)^{1000}", "(((((x^x)^x)^x)^x)^x)^x", "x" * 399,
     # not mathematics
     "__import__('os').system('x')", "\x00", "\ud800", "\x1ccm\x1d", r"\text{", "a=b=c", "=",
 ]
@@ -105,9 +106,11 @@ def test_mutated_real_answers(work):
 def test_real_golds_and_their_respellings():
     for file in sorted(REAL.glob("*.jsonl")):
         for gold in {problem["answer"] for problem in rewards.load_problems(str(file))}:
-            left, right = gold.replace("(", "\\left("), gold.replace("\\left", "").replace("\\right", "")
-            respelled = [gold, f" {gold} ", gold + ".", f"${gold.strip('$')}$", gold.replace("\\frac", "\\dfrac")]
-            for text in (*respelled, left.replace(")", "\\right)"), right):
+            respelled = [gold, f" {gold} ", gold + ".", f"${gold.strip('$')}$"]
+            respelled.append(gold.replace("\\frac", "\\dfrac"))
+            respelled.append(gold.replace("(", "\\left(").replace(")", "\\right)"))
+            respelled.append(gold.replace("\\left", "").replace("\\right", ""))
+            for text in respelled:
                 assert rewards.is_correct(text, gold) and rewards.is_correct(gold, text), (text, gold)
             assert rewards.reward(f"so \\boxed{{{gold}}}.", gold, True) == 1.0, gold
             assert rewards.reward(f"so \\boxed{{7+{gold}}}.", gold, True) == 0.0, gold
@@ -118,18 +121,8 @@ def test_threads_and_forks():
     pairs = [row[1:3] for row in ROWS if row[0] == "same"] * 3
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda pair: rewards.is_correct(*pair), pairs))
-    with rewards.LOCK:
-        timer = threading.Timer(0.2, print)
-        timer.start()
-    at_work = threading.Event()
-
-    def busy():
-        with rewards.LOCK:
-            at_work.set()
-            timer.join()
-
-    threading.Thread(target=busy).start()
-    at_work.wait()
+    rewards.LOCK.acquire()
+    threading.Timer(0.2, rewards.LOCK.release).start()
     child = multiprocessing.get_context("fork").Process(target=rewards.is_correct, args=("\\sqrt4", "2"))
     child.start()
     child.join(5)

@@ -35,7 +35,7 @@ def test_files(tmp_path):
         problem["answer"] = gold
     (tmp_path / "p.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
-    parquet(tmp_path / "p.parquet", [{field: str(row[field]) for field in row} for row in rows])
+    parquet(tmp_path / "p.parquet", [dict(zip(row, map(str, row.values()))) for row in rows])
     for ending in ("jsonl", "json", "parquet"):
         assert rewards.load_problems(str(tmp_path / f"p.{ending}")) == expected
     (tmp_path / "q.json").write_text('{"problem": "1+1", "solution": ["2", "-2"]}')
@@ -45,10 +45,10 @@ def test_files(tmp_path):
 
 def test_both_stages_rewards_see_the_same_fields(tmp_path):
     """Those that a file of JSON can hold, but for the names that Stage 1 writes itself."""
-    row = dict(question="a", answer="1", day=datetime.date(2026, 1, 2), nums=[1, 2], rewards=[9], responses="mine")
-    parquet(tmp_path / "p.parquet", [row])
-    assert rewards.load_problems(str(tmp_path / "p.parquet")) == [
-        dict(id="p/1", question="a", answer="1", day="2026-01-02", nums=[1, 2])]
+    row = dict(question="a", answer="1", day=datetime.date(2026, 1, 2), nums=[1, 2])
+    parquet(tmp_path / "p.parquet", [dict(row, rewards=[9], responses="mine")])
+    found = rewards.load_problems(str(tmp_path / "p.parquet"))
+    assert found == [dict(row, id="p/1", day="2026-01-02")]
 
 
 def test_hub(monkeypatch, capsys):
@@ -72,14 +72,16 @@ def test_hub(monkeypatch, capsys):
         raise ConnectionError("Couldn't reach\nthe Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    ends_in_one_line(capsys, lambda: rewards.load_problems("gsm8k"), "gsm8k", "train", "Couldn't reach the Hub")
+    load = lambda: rewards.load_problems("gsm8k")
+    ends_in_one_line(capsys, load, "gsm8k", "train", "Couldn't reach the Hub")
 
 
 @pytest.mark.parametrize("name,content,words", [
     ("p.jsonl", None, ["No such file"]),
     ("p.jsonl", "", ["no problems"]),
     ("p.jsonl", '{"question": "1+1"}\n', ["line 1", "'answer'", "the row has: question"]),
-    ("p.jsonl", '\n{"question": "a", "answer": "1"}\n{"question": " ", "answer": "2"}\n', ["line 3", "'question'"]),
+    ("p.jsonl", '\n{"question": "a", "answer": "1"}\n{"question": " ", "answer": "2"}\n',
+     ["line 3", "'question'"]),
     ("p.jsonl", '{"id": 1, "question": "a", "answer": 1}\n{"id": "1", "question": "b", "answer": 2}\n',
      ["line 2", "'1'", "before"]),
     ("p.jsonl", '{"question": "a", "answer": "1"}\n{"question"\n', ["line 2", "JSON"]),
@@ -111,7 +113,7 @@ def test_a_reward_of_ones_own_needs_no_answer(tmp_path, capsys):
 
 def test_prompts(tokenizer, capsys):
     what = dict(id="file/3", question="{level}", level=3, hint=None)
-    ask = lambda template, *more: rewards.make_prompt(tokenizer, what, template, *(more or [False]))
+    ask = lambda template, chat=False, *more: rewards.make_prompt(tokenizer, what, template, chat, *more)
     rest = r" {} \boxed{} {0} \frac{1}{2} {a.b}"
     assert ask("{level}: {question}" + rest) == "3: {level}" + rest
     think = "3 Let's think step by step and output the final answer "
@@ -139,7 +141,8 @@ def test_prompts(tokenizer, capsys):
 def test_bos_is_written_once(tokenizer):
     """Plain text gets the tokenizer's BOS, a chat template writes its own."""
     bos, one = tokenizer.vocab["="], tokenizer.vocab["1"]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="= $A", special_tokens=[("=", bos)])
+    with_bos = TemplateProcessing(single="= $A", special_tokens=[("=", bos)])
+    tokenizer.backend_tokenizer.post_processor = with_bos
     assert rewards.encode(tokenizer, "1", chat=False) == [bos, one]
     assert rewards.encode(tokenizer, "1", chat=True) == [one]
 
@@ -156,7 +159,8 @@ PROBLEMS = [dict(id="1", answer="", worth=2.5), dict(id="2", answer="", worth=Tr
 def test_ones_own_reward(tmp_path):
     slow = own_reward(tmp_path, "import time; time.sleep(row['id'] == '1'); return row['worth'] + finished")
     assert judged(slow, PROBLEMS) == [("a", 3.5), ("b", 2.0)]  # in order
-    assert judged(None, [dict(id="1", answer="5")], ["\\boxed{5}"]) == [("\\boxed{5}", 1.0)]
+    (graded,) = judged(None, [dict(id="1", answer="5")], ["\\boxed{5}"])
+    assert graded == ("\\boxed{5}", 1.0)
 
 
 @pytest.mark.parametrize("body,words", [
@@ -192,8 +196,9 @@ def test_ones_own_reward_is_loaded_once(tmp_path, capsys, monkeypatch):
                     "@dataclasses.dataclass\nclass Kept:\n    number: int\n"
                     "def judge(response, problem, finished):\n    return len(loaded)\n")
     rewards.load_reward.cache_clear()
+    judge = lambda: judged("mine.py:judge", PROBLEMS[:1])
     for _ in range(2):
-        assert judged("mine.py:judge", PROBLEMS[:1]) == [("a", 1.0)]
+        assert judge() == [("a", 1.0)]
         file.write_text("def judge(*_):\n    return 1 / 0\n")
     rewards.load_reward.cache_clear()
-    ends_in_one_line(capsys, lambda: judged("mine.py:judge", PROBLEMS[:1]), "--reward mine.py:judge, line 2: Zero")
+    ends_in_one_line(capsys, judge, "--reward mine.py:judge, line 2: Zero")
