@@ -156,7 +156,7 @@ def load_problems(
             fail(f"unknown data set {source!r}: give a .jsonl, .json or .parquet file, "
                  f"a hub id (owner/name), or one of {', '.join(DATASETS)}")
     except Exception as error:  # files and hubs fail in a dozen libraries' ways; the user needs the reason
-        fail(f"cannot load {source} (split {split}): {type(error).__name__}: {str(error)[:300]}")
+        fail(f"cannot load {source}: {type(error).__name__}: {str(error)[:300]}")
     for number, row in enumerate(rows, first):
         where = f"{source}, {'line' if isinstance(row, str) else 'row'} {number}"
         if isinstance(row, str):  # a line of a .jsonl
@@ -506,7 +506,7 @@ ZERO, INFINITY = ("number", Fraction(0)), ("variable", "infinity")
 EQUATION = ("relation", ("=",))  # how a tree begins that is one
 SUMS = dict.fromkeys(["+", "-", "\\pm", "\\mp", "\\cup", "\\cap", "\\setminus"], 1)
 FACTORS = ("(", "[", "\\frac", "\\sqrt", "\\binom", "\\lfloor", "\\lceil")
-BINDS = {**SUMS, "*": 2, "/": 2, "!": 3, "^": 3}  # how strongly a sign binds
+BINDS = SUMS | {"*": 2, "/": 2, "!": 3, "^": 3}  # how strongly a sign binds
 
 
 def all_items(text, letter):
@@ -523,7 +523,7 @@ def all_items(text, letter):
 
 def choices(tree, plus_minus, minus_plus):
     """A tree for each choice of its ±: (1, ±2) is (1, 2), (1, -2). But a set has all of them as members."""
-    if not isinstance(tree, tuple):
+    if tree is ZERO or not isinstance(tree, tuple):  # that of a sign stays the same object
         return [tree]
     kind, *members = tree
     parts = [choices(member, plus_minus, minus_plus) for member in members]

@@ -73,7 +73,7 @@ def test_hub(monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     load = lambda: rewards.load_problems("gsm8k")
-    ends_in_one_line(capsys, load, "gsm8k", "train", "Couldn't reach the Hub")
+    ends_in_one_line(capsys, load, "gsm8k", "Couldn't reach the Hub")
 
 
 @pytest.mark.parametrize("name,content,words", [
