@@ -957,11 +957,11 @@ def at_points(one, other, names, renamed=()):
 
 
 def near(a, b, part=1e-9):
-    """Is their difference no more than a part of them? Of a sine that is 0, rounding leaves about 1e-60."""
+    """Is their difference no more than a part of them?"""
     a, b = alike(a, b)
     if isinstance(a, Fraction):
         return a == b
-    return abs(a - b) <= part * (abs(a) + abs(b)) + 1e-50
+    return abs(a - b) <= part * (abs(a) + abs(b))
 
 
 def rounded(tree, exact, digits=4):
@@ -1051,12 +1051,23 @@ def floor(x):
     return x - x % 1
 
 
+def cleaned(function):
+    """Where a sine or a difference is 0, rounding leaves about 1e-60 of it."""
+
+    def clean(*numbers):
+        number = function(*numbers)
+        return MP.zero if isinstance(number, MP.mpf) and abs(number) < 1e-50 else number
+
+    return clean
+
+
 OPERATIONS = {  # a kind of tree with a value: how it follows from the values of its members
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "+": cleaned(operator.add), "-": cleaned(operator.sub), "*": operator.mul, "/": operator.truediv,
     "^": power, "root": root, "abs": abs,
     "!": factorial, "binom": lambda n, k: factorial(n) / factorial(k) / factorial(n - k),
     "floor": floor, "ceil": lambda x: -floor(-x),
-    **{name: getattr(MP, name.replace("arc", "a")) for name in FUNCTIONS},  # mpmath calls arcsin asin
+    **{name: cleaned(getattr(MP, name.replace("arc", "a"))) for name in FUNCTIONS},  # mpmath: asin
+    "exp": MP.exp,
 }
 
 
