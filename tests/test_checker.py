@@ -79,7 +79,7 @@ def test_hostile_text_costs_little(work):
             assert work[0] < 5000 and (not verdict or text == gold), (text[:50], gold[:50])
             rewards.is_correct(gold, text)
             assert rewards.reward("\\boxed{" + text + "}", gold, True) in (0.0, 1.0)
-    many, work[0] = [str(number) for number in range(130)], 0
+    many, work[0] = [str(number) for number in range(120)], 0
     rewards.is_correct(",".join(many), ",".join(many[::-1]))
     assert work[0] < 5000
 
