@@ -53,7 +53,8 @@ def test_several_boxes():
 HOSTILE = [
     # numbers without end
     "9**9**9**9", "10^{10^{10}}", "1" * 1_000_000, "1e999999", r"\sin(1e999999)", "((((5!)!)!)!)!", "5!!!!!!",
-    "201!", "99999999!", "200!^200!", "2^{2^{2^{2^{2^2}}}}", "e^{e^{e^{e^{e}}}}", "exp(exp(100))", r"\sin(10^{300})",
+    "201!", "99999999!",
+    "200!^200!", "2^{2^{2^{2^{2^2}}}}", "e^{e^{e^{e^{e}}}}", "exp(exp(100))", r"\sin(10^{300})",
     r"\binom{200}{100}^{100}", "9" * 60 + "^{1000}", r"(\sin 1)^{9^{3000}}", "(9^{3000}x)!",
     "(1+10^{-60})^{10^{60}}",
     # no numbers
@@ -79,7 +80,7 @@ def test_hostile_text_costs_little(work):
             assert work[0] < 5000 and (not verdict or text == gold), (text[:50], gold[:50])
             rewards.is_correct(gold, text)
             assert rewards.reward("\\boxed{" + text + "}", gold, True) in (0.0, 1.0)
-    many, work[0] = [str(number) for number in range(120)], 0
+    many, work[0] = [str(number) for number in range(100)], 0
     rewards.is_correct(",".join(many), ",".join(many[::-1]))
     assert work[0] < 5000
 
