@@ -1052,11 +1052,14 @@ def floor(x):
 
 
 def cleaned(function):
-    """Where a sine or a difference is 0, rounding leaves about 1e-60 of it."""
+    """Where a sine or a difference is 0, rounding leaves about 1e-60 of what it is made of."""
 
     def clean(*numbers):
         number = function(*numbers)
-        return MP.zero if isinstance(number, MP.mpf) and abs(number) < 1e-50 else number
+        if isinstance(number, Fraction):
+            return number
+        largest = max(abs(MP.convert(part)) for part in numbers)
+        return MP.zero if abs(number) * 10**50 < largest else number
 
     return clean
 
