@@ -1,15 +1,15 @@
 """How good is a model, and is another one better?
 
-It samples K completions of each problem at one temperature and grades them as the training does. Per model and
-data set it says:
+It samples K completions of each problem at one temperature and grades them as the training does. Per model
+and data set it says:
 
     avg@K     the mean accuracy, with a 95 % interval from a bootstrap over problems
     pass@k    the chance that one of k completions is right, unbiased (Chen et al. 2021)
-    maj@K     the accuracy of the claim that most of the K agree on; they agree where the checker calls them equal
+    maj@K     the accuracy of the claim that most of the K make; claims are alike where the checker says so
               (with --reward: the mean reward in its place, by which two models are compared then)
     KL        of the model to --reference, per completion and per token, from the trainer's log-probabilities
 
-    python evaluate.py                                        the embedded world: π_ref against the trained policy
+    python evaluate.py                                    the embedded world: π_ref against the trained policy
     python evaluate.py --model Qwen/Qwen2.5-1.5B out/run/model --data math500 aime24 amc23 --samples 8
     python evaluate.py --model out/run/model --data gsm8k --temperature 0 --show 20
 
@@ -112,7 +112,7 @@ def tasks_of(args):
 def report(args, results, completions):
     k, first, *others = args.samples, *args.model
     agreed = "reward" if args.reward else "majority"
-    heads = ["accuracy (95 %)        ", f"pass@{k}", "reward" if args.reward else f"maj@{k}"]
+    heads = ["accuracy (95 %)      ", f"pass@{k}", "reward" if args.reward else f"maj@{k}"]
     heads += ["finished", "length"]
     if args.reference:
         heads += ["KL/completion", "KL/token"]

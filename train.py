@@ -1,16 +1,17 @@
 """A*-PO, Stage 2: one completion per prompt, one step of regression.   (arXiv 2505.20686)
 
-Why a regression? Of all policies, the one that maximises E_π[r] − β KL(π‖π_ref) on a prompt x is
+π is the policy, the model that learns; π_ref the model at the start; x a prompt, y a completion, r its
+reward. Why a regression? Of all policies, the one that maximises E_π[r] − β KL(π‖π_ref) on a prompt x is
 
-    π*(y|x) = π_ref(y|x) exp( r(x,y)/β ) / Z(x),       and what it attains is  V*(x) = β ln Z(x).
+    π*(y|x) = π_ref(y|x) exp( r(x,y)/β ) / Z(x),       where Z(x) = E_ref[exp(r/β)],
 
-Take the logarithm:
+and the maximum is V*(x) = β ln Z(x). Take the logarithm:
 
     β ln π*(y|x)/π_ref(y|x)  =  r(x,y) − V*(x)       for EVERY y.
 
-On the left stands what the network says. On the right stands a number, once V* is known, and for that
-completions of π_ref are enough: V*(x) = β ln E_ref[exp(r/β)]. Stage 1 (vstar.py) has estimated it, V̂*(x).
-So one completion gives one equation, and the loss is its squared error:
+On the left stands what the network says. On the right stands a number, once V* is known, and for V* only
+completions of π_ref are needed: Stage 1 (vstar.py) has estimated it, V̂*(x). So one completion gives one
+equation, and the loss is its squared error:
 
     ( β2 ln π(y|x)/π_ref(y|x)  −  (r(x,y) − V̂*(x)) )²
 
@@ -22,15 +23,16 @@ A number: where 3 of 8 completions were right, V̂* is 0.61 at β1 = 0.5 (the me
 A right completion has the advantage 1 − 0.61 = 0.39, so its ln π shall rise; a wrong one has −0.61.
 
 β1, of V̂*, need not be β2, of the loss. For y ~ π the mean of ∇ ln π(y|x) is 0, so a number that depends on x
-alone changes no expected gradient, only its noise. With any V̂* the expected gradient is that of E[r] − β2 KL,
-times −2 β2, and training ends at the π* of β2. Where β1 ≠ β2, V̂* serves as a baseline: it says what is usual
-for this prompt, which GRPO samples a group to know. The loss falls, but not to 0: V̂* is an estimate, of
-another β, and some completions stay wrong.
-(test_apo.py shows these claims: test_loss_is_zero_at_the_optimum, test_gradient_is_that_of_reward_minus_kl.)
+alone changes the gradient's noise, not its mean. The mean gradient of the loss is −2 β2 ∇(E[r] − β2 KL),
+whatever V̂* is, and training ends at the π* of β2. V̂* then serves as a baseline: it says what is usual for
+this prompt, which GRPO samples a group to know. The loss falls, but not to 0. At the π* of β2 every y, right
+or wrong, leaves the same residual, V̂* − V* of β2; and V̂* is only an estimate. (test_apo.py shows these
+claims: test_loss_is_zero_at_the_optimum, test_gradient_is_that_of_reward_minus_kl.)
 
     python train.py                                                     the embedded world, on any CPU
     torchrun --nproc_per_node 8 train.py --vstar out/vstar.jsonl        a real model (experiments/recipes/)
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py …   on each node
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py …
+                                                                        (run on each of two nodes)
 
 It writes into out/run/: metrics.jsonl (a line a step), curves.png, samples/, checkpoint/, and model/, which
 transformers and vLLM load as it is. A killed run is resumed by the same command.
@@ -94,21 +96,21 @@ from vstar import (
 # the algorithm. Read this section, then Policy and rollout. The rest is machinery.
 
 
-def apo_loss(logp, ref_logp, reward, vstar, beta2):
-    """Regress the scaled log-ratio onto the optimal advantage. All but β2, and the result: (sequences,) fp32.
+def apo_loss(log_pi, log_pi_ref, reward, vstar, beta2):
+    """Regress the scaled log-ratio onto the optimal advantage. Tensors: (sequences,) fp32, also the result.
 
-    Not −advantage · logp, as in policy gradients, and no KL term beside it: the gradient of the square holds
-    both. `logp` is ln π of the whole completion, a sum over its tokens. A mean would make β2 depend on the length.
+    Not −advantage · ln π, as in policy gradients, and no KL term beside it: the gradient of the square holds
+    both. log_pi is of the whole completion, a sum over its tokens. A mean would make β2 depend on the length.
     """
     advantage = reward - vstar  # A*(x, y): r is seen now, V̂* was estimated once, offline
-    return (beta2 * (logp - ref_logp) - advantage) ** 2  # A*-PO, eq. for ℓ_t
+    return (beta2 * (log_pi - log_pi_ref) - advantage) ** 2
 
 
 class APO:
     """What makes the loop below A*-PO.
 
-    experiments/baselines.py puts PPO, GRPO or REBEL in its place; sampler, grader, optimizer, restart and logging
-    stay, which makes the comparison fair.
+    experiments/baselines.py puts PPO, GRPO or REBEL in its place; sampler, grader, optimizer, restart and
+    logging stay, which makes the comparison fair.
     """
 
     name, out = "apo", Path("out/run")
@@ -134,7 +136,7 @@ class APO:
     def constants(self, run, samples):
         """What is constant in the loss: {name: (samples,), or (samples, columns) if each token has a value}
 
-        Column t is about token t + 1 of prompt and completion, and 0 where that is not the completion's. Prompt
+        Column t holds the value of token t + 1; it is 0 where that token is not of the completion. Prompt
         [5 6 7], completion [8 9]: ref_logp is [0, 0, ln π_ref(8|5 6 7), ln π_ref(9|5 6 7 8)].
         """
         vector = lambda values: torch.tensor(values, dtype=torch.float32, device=run.device)
@@ -143,14 +145,15 @@ class APO:
                     vstar=vector([sample.problem["vstar"] for sample in samples]))
 
     def count(self, samples):
-        """The sum of the losses is divided by this: here sequences, for REBEL pairs, for PPO tokens."""
+        """What the summed losses are divided by: sequences; for REBEL pairs, for PPO tokens."""
         return len(samples)
 
     def losses(self, logp, constants, completion_mask, inputs):
         """Yields (name, a loss for each row, or for REBEL each pair of rows) of a micro-batch.
 
-        logp, completion_mask: (rows, columns); `constants`: of these rows. `update` runs the backward pass after
-        each loss, so that the graphs of two networks never exist together. A second network reads `inputs`.
+        logp, completion_mask: (rows, columns); `constants`: of these rows. `update` runs the backward pass
+        after each loss, so that the graphs of two networks never exist together. A second network reads
+        `inputs`.
         """
         log_pi, log_pi_ref = logp.sum(-1), constants["ref_logp"].sum(-1)  # (rows,): ln π of whole completions
         yield "loss", apo_loss(log_pi, log_pi_ref, constants["reward"], constants["vstar"], self.args.beta2)
@@ -159,8 +162,8 @@ class APO:
 def train(run, problems, held_out, start):
     """Steps start … args.steps - 1. → None, or the exit code of a run that a signal stopped
 
-    What a step does is a function of the weights and (--seed, step): its prompts, their order and all random
-    numbers. Nothing draws from a global generator. So a restart repeats exactly what a kill cut off.
+    A step depends only on the weights, AdamW's state and (--seed, step), which decide its prompts and all
+    random numbers. No global generator is used, so none is saved, and a restart repeats what a kill cut off.
     """
     args, objective, log = run.args, run.objective, Log(run, start)
     if start == 0 and held_out:
@@ -174,8 +177,8 @@ def train(run, problems, held_out, start):
         with log.phase("reference"):
             constants = objective.constants(run, samples)
 
-        # 3. down the gradient of the loss. Only a batch's first update is on-policy, so its numbers are logged
-        #    (with --minibatches they are those of the first part of the batch)
+        # 3. down the gradient of the loss. Loss, KL and mismatch are logged of the first update, the only one
+        #    that is on-policy; reward and length of the whole batch
         with log.phase("update"):
             set_lr(run.optimizer, step, args)
             parts = minibatches(samples, constants, args, objective.passes)
@@ -210,9 +213,11 @@ def update(run, samples, constants):
         # (rows, columns) fp32. Where a process has no samples left, `chosen` is empty and its gradient 0
         part_logp = run.policy(**inputs)[: len(chosen)]
         columns = part_logp.shape[1]
-        part_constants, part_mask = take(constants, chosen, columns), completion_mask[: len(chosen), 1:]
+        part_constants = take(constants, chosen, columns)
+        part_mask = completion_mask[: len(chosen), 1:]
         for name, losses in objective.losses(part_logp, part_constants, part_mask, inputs):
-            # FSDP averages over processes; times WORLD over the global count makes that the mean of one big batch
+            # FSDP averages gradients over processes; times WORLD over the global count makes the mean of one
+            # batch
             (losses.sum() * WORLD / count).backward()
             sums[name] += losses.sum().item() / count
         logp[chosen, :columns] = part_logp.detach()
@@ -234,11 +239,11 @@ def update(run, samples, constants):
 
 
 class Policy(torch.nn.Module):
-    """Any transformers causal language model, in two modes.
+    """Any transformers causal language model, in two modes: π, π_ref and PPO's critic are each one.
 
-    forward(completion_mask=…) gives the log-probabilities of the tokens that the mask marks; without it, it is
-    the model itself, for sampling. The log-probabilities are computed in here, because FSDP gathers the head's
-    weights around this forward and nowhere else.
+    forward(completion_mask=…) gives the log-probabilities of the tokens that the mask marks; without it, it
+    is the model itself, for sampling. The log-probabilities are computed in here, because FSDP gathers the
+    head's weights around this forward and nowhere else.
     """
 
     def __init__(self, model, recompute=False):
@@ -246,10 +251,10 @@ class Policy(torch.nn.Module):
         self.model, self.config, self.saved_dtype = model, model.config, model.dtype
         names = set(model._no_split_modules or [])
         self.blocks = [module for module in model.modules() if type(module).__name__ in names]
-        for block in self.blocks * recompute:
-            # the backward pass computes its activations again; where there is no gradient this changes nothing
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if recompute:  # the backward pass computes a block's activations again, not to keep them
+            again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+            for block in self.blocks:
+                block.forward = again(block.forward)
         model.eval()  # for good: with dropout π would not be a function of the weights
 
     def forward(self, completion_mask=None, temperature=1.0, **inputs):
@@ -265,8 +270,8 @@ class Policy(torch.nn.Module):
         logps = [checkpoint(self.head, *part, temperature, use_reentrant=False)
                  for part in zip(states.split(chunk), targets.split(chunk))]
         # back into place: (rows, width - 1) fp32, 0 where there is no completion
-        columns = torch.zeros(mask.shape, device=ids.device)
-        return columns.masked_scatter(mask, torch.cat(logps))
+        empty = torch.zeros(mask.shape, device=ids.device)
+        return empty.masked_scatter(mask, torch.cat(logps))
 
     def head(self, states, targets, temperature):
         """ln π(target | state) of a chunk of tokens, fp32. The backward pass computes the logits again."""
@@ -372,10 +377,10 @@ HELD_OUT = "held out"  # the serial of each held-out problem: at every evaluatio
 
 
 def prompts_of_step(problems, step, args):
-    """This process's [(serial, problem)] of a step: epoch after epoch, all problems in an order of its own.
+    """This process's [(serial, problem)] of a step. Each epoch takes all problems, in a new order.
 
-    With 3 processes and batches of 4, step 1 has the serials 4 … 7, of which process 1 takes 5. The order is a
-    function of the serial and --seed, and so are a completion's random numbers (`rollout`).
+    With 3 processes and batches of 4, step 1 has the serials 4 … 7, of which process 1 takes 5. The order is
+    a function of the serial and --seed, and so are a completion's random numbers (`rollout`).
     """
     first, count = step * args.batch_size, len(problems)
     prompts = []
@@ -444,7 +449,7 @@ def make_parser(Objective):
     add("--beta1", float, "β1 of V̂*; default: Stage 1's; another is computed from the stored rewards")
     add("--samples", int, "use only the first so many of Stage 1's rewards per prompt")
     add("--prior", 0, "count so many completions of the average prompt with each prompt's own in V̂*. It "
-        "does harm where prompts differ much (Stage 1 says how much)")
+        "does harm where much of the rewards' variance lies between prompts (Stage 1 says how much)")
     add("--filter", ["none", "unsolved", "both"], "leave out prompts that π_ref never solved in Stage 1 "
         "(unsolved), or never and always (both)")
     Objective.add_flags(add)
@@ -483,8 +488,8 @@ def main(Objective=APO):
         objective = Objective(args)
     device = start_process(args, group=True)
     with first_process_first("prepared"):
-        stage1, rows = read_stage1(args)
-        problems = settle(args, stage1, rows)
+        stage1, samples, rows = read_stage1(args)
+        problems = settle(args, stage1, samples, rows)
         held_out = []
         if args.eval_data:
             fields = stage1["question_field"], stage1["answer_field"], args.reward
@@ -496,6 +501,7 @@ def main(Objective=APO):
                   f"{args.batch_size} from {args.model}, N = {args.samples}, β1 {args.beta1:g}, lr "
                   f"{args.lr:g}, {args.engine}, {WORLD} × {device.type} {args.dtype}; accuracy on "
                   f"{len(held_out)} held-out problems (--eval_data)")
+    # the first process looks, and a sum tells the others
     start = int(sum_over_ranks(last_checkpoint(args.out) if RANK == 0 else 0))
     if start > args.steps:
         fail_together(f"{args.out} is at step {start} already, beyond --steps {args.steps}")
@@ -514,13 +520,13 @@ def main(Objective=APO):
 
 
 def read_stage1(args):
-    """→ the settings of Stage 1, and its rows"""
+    """→ the settings of Stage 1, its N, and its rows"""
     config = args.vstar.with_suffix(".config.json")
     if not args.vstar.exists():
         fail(f"{args.vstar}: no such file; run vstar.py first (or name its output with --vstar)")
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-        stage1 = dict(content["settings"], samples=content["samples"])
+        stage1, samples = content["settings"], content["samples"]
         vars(args).update({key: stage1[key] for key in FROM_STAGE1})
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{config}: not there, or not the settings that this vstar.py writes; run it again")
@@ -532,10 +538,10 @@ def read_stage1(args):
         if now != stage1.get(name):
             fail(f"{name} changed since Stage 1; {args.vstar} holds other V̂*: run vstar.py again, with "
                  "--overwrite")
-    return stage1, rows
+    return stage1, samples, rows
 
 
-def settle(args, stage1, rows):
+def settle(args, stage1, samples, rows):
     """All settings that follow from others, in one place. → the problems to train on, with their V̂*"""
     if args.temperature == 0:
         fail("--temperature 0: greedy completions have no log-probability to train on; run Stage 1 at "
@@ -546,16 +552,16 @@ def settle(args, stage1, rows):
         fail("--wandb: it is not installed (pip install wandb)")
     args.lr = args.lr or (5e-6 if args.lora else 1e-6)
     args.beta1 = args.beta1 or stage1["beta1"]
-    args.samples = args.samples or stage1["samples"]
+    args.samples = args.samples or samples
     stored = min(len(row["rewards"]) for row in rows)
     if args.samples > stored:
         fail(f"{args.vstar}: {stored} completions per prompt, not --samples {args.samples}; vstar.py can add "
              "the others")
     has_splits = stage1["data"] in DATASETS and DATASETS[stage1["data"]][2] is None
     if args.eval_data is None and has_splits and args.eval_split != stage1["split"]:
-        args.eval_data = stage1["data"]  # but not what is trained on
+        args.eval_data = stage1["data"]  # unless it is the split that is trained on
     rewards = np.array([row["rewards"][: args.samples] for row in rows])  # (prompts, N)
-    # the average prompt's exp(V̂*/β1) is the mean of exp(r/β1) over all completions
+    # a reward of `average` counts exp(average/β1) in the sum: the mean of exp(r/β1) over all completions
     average = estimate_vstar(rewards.ravel(), args.beta1)
     prior = np.full((len(rows), args.prior), average)
     vstar = estimate_vstar(np.hstack([rewards, prior]), args.beta1)
@@ -582,7 +588,7 @@ def guard_run(args, objective, stage1, problems, held_out):
 
 
 def make_run(args, objective, tokenizer, eos, prompts, device):
-    """The engine first, while the memory is free; then what is trained, with fp32 masters, and π_ref."""
+    """The engine first, while the memory is free; then π and what is trained beside it, and π_ref."""
     dtype = getattr(torch, args.dtype)
     recompute = args.recompute == "yes" or (args.recompute == "auto" and device.type == "cuda")
     load = lambda dtype: load_model(args.model, args.revision, dtype, "cpu")
@@ -615,15 +621,16 @@ def make_run(args, objective, tokenizer, eos, prompts, device):
 def shard(policy, device, dtype, master=False):
     """Spread the weights over all processes (FSDP2): one group for each block, one for the rest.
 
-    `master`: the weights are fp32, computed with in `dtype`; gradients add up in fp32. In pure bf16 AdamW at a
-    rate of 1e-6 would move about 2 % of the weights: the others round back to where they were.
+    `master`: the weights are fp32, computed with in `dtype`; gradients add up in fp32. In pure bf16 AdamW at
+    a rate of 1e-6 would move about 2 % of the weights: the others round back to where they were.
     """
     if not dist.is_initialized():
         return policy.to(device, torch.float32)
+    # None: FSDP's default, by which embeddings and head stay gathered until the backward pass; π_ref has none
+    learns = any(parameter.requires_grad for parameter in policy.parameters())
     options = dict(mesh=dist.device_mesh.init_device_mesh(device.type, (WORLD,)),
                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-                   # by default embeddings and head stay gathered until the backward pass; π_ref has none
-                   reshard_after_forward=None if any(p.requires_grad for p in policy.parameters()) else True)
+                   reshard_after_forward=None if learns else True)
     for module in (*policy.blocks, policy):
         # block by block, so that no GPU ever holds the whole model
         module.to(device, torch.float32 if master else None)
@@ -652,9 +659,9 @@ def mean_over_ranks(count, **sums):
 def minibatches(samples, constants, args, passes):
     """(samples, constants) of each optimizer step of a batch; with --minibatches 1 all of it.
 
-    Processes take every WORLD-th prompt of a batch, and a minibatch is a block of neighbours: so every process has
-    its share of each. In a batch of 256 on 8 processes, process 3 has the prompts 3, 11, 19 …, and in the second of
-    two minibatches those from 128 on: 131, 139 … 251.
+    Processes take every WORLD-th prompt of a batch, and a minibatch is a block of neighbours: so every
+    process has its share of each. In a batch of 256 on 8 processes, process 3 has the prompts 3, 11, 19 …,
+    and in the second of two minibatches those from 128 on: 131, 139 … 251.
     """
 
     def minibatch_of(sample):
@@ -667,8 +674,11 @@ def minibatches(samples, constants, args, passes):
 
 
 def take(constants, chosen, columns=None):
-    """The constants of the chosen samples. Padding is on the right, so of what has a value for each token a
-    micro-batch needs so many columns as its own longest sample has."""
+    """The constants of the chosen samples.
+
+    Of what has a value for each token only the first `columns`, as many as the longest of them has: padding is
+    on the right.
+    """
     return {name: tensor[chosen, :columns] if tensor.dim() > 1 else tensor[chosen]
             for name, tensor in constants.items()}
 
@@ -679,15 +689,16 @@ def microbatches(samples, args, device, per_loss=1):
 
     Prompts [5 6 7] and [5], completions [8 9] and [8 0], EOS 0:
         ids  [[5 6 7 8 9], [5 8 0 0 0]]      completion_mask  [[0 0 0 1 1], [0 1 1 0 0]]
-    The mask ends with the EOS, as to stop is an action; it leaves out the padding, even if that is EOS too.
-    `per_loss` neighbours (REBEL's pairs) stay together. All processes get equally many micro-batches, because FSDP's
-    collectives must pair up; one made up for that has chosen no sample and counts for nothing.
+    The mask ends with the EOS, because stopping is a choice of the policy; it leaves out the padding, even if
+    that is EOS too. `per_loss` neighbours (REBEL's pairs) stay together. All processes get equally many
+    micro-batches, because FSDP's collectives must pair up; a filler has no sample and adds 0.
     """
     length = [len(sample.ids) for sample in samples]
     longest = lambda unit: max(length[i] for i in unit)
     groups, width = [], math.inf
     units = batched(range(len(samples)), per_loss)
     for unit in sorted(units, key=longest, reverse=True):
+        # one more unit, padded to the group's longest, fits
         if groups and (len(groups[-1]) + per_loss) * width <= args.tokens_per_microbatch:
             groups[-1] += unit
         else:
@@ -708,12 +719,12 @@ def microbatches(samples, args, device, per_loss=1):
 
 @torch.no_grad()
 def token_logps(model, samples, args, device):
-    """ln π of each token of the completions: (samples, longest - 1) fp32, 0 elsewhere. (A critic's values.)
+    """ln π of each token of the completions: (samples, longest - 1) fp32, 0 elsewhere. (Or a critic's values.)
 
-    Code and micro-batches are as in the update (of a whole batch): ln π_ref from other kernels would be off by
-    more than a small log-ratio.
+    π_ref goes through the update's code and micro-batches: from other kernels ln π_ref would be off by more
+    than a small log-ratio.
     """
-    longest = max([len(sample.ids) for sample in samples] or [2])
+    longest = max([len(sample.ids) for sample in samples] or [2])  # a process may have no sample
     values = torch.zeros(len(samples), longest - 1, device=device)
     for chosen, ids, completion_mask in microbatches(samples, args, device):
         part = model(input_ids=ids, completion_mask=completion_mask, temperature=args.temperature)
@@ -771,19 +782,20 @@ def check_numbers(numbers, step, args):
     """What silently ruins runs: π is not π_ref at the start, or the engine samples with other weights.
 
     `mismatch` is how far the sampler's ln π of its own tokens is from the trainer's, in nats a token;
-    `reference_mismatch` how far it is from π_ref's. The bound stays as it is: one that followed the mismatch of
-    later steps would follow an engine that drifts away.
+    `reference_mismatch` how far it is from π_ref's. The tolerance is fixed: one that was fitted to past
+    mismatches would follow an engine that drifts away.
     """
     tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats a token; bf16 rounds
     per_token = numbers["log_ratio_abs"] / numbers["length"]
     if step == 0 and per_token > tolerance:
-        fail_together(f"at step 0 π and π_ref should agree, but ln π differs by {per_token:.3g} per token")
+        fail_together("before the first update π and π_ref should agree, but ln π differs by "
+                      f"{per_token:.3g} per token")
     if args.engine == "vllm":
         tolerance = max(tolerance, 0.01)  # its kernels may multiply fp32 as TF32
     mismatch, reference_mismatch = numbers["mismatch"], numbers["reference_mismatch"]
     follows_policy = mismatch <= tolerance  # False for NaN too
-    # an engine that kept its first weights agrees with π_ref. Where all is rounding the two are alike, or far
-    # below the tolerance: a batch of few tokens may round by chance to one side
+    # an engine that kept its first weights agrees with π_ref better than with π. A mismatch far below the
+    # tolerance is rounding, which in a batch of few tokens may go to one side by chance
     kept_first_weights = mismatch > tolerance / 100 and reference_mismatch < mismatch / 2
     if kept_first_weights or not follows_policy:
         fail_together(f"the sampler's log-probabilities are off the trainer's by {mismatch:.3g} per token, "
@@ -816,7 +828,7 @@ def check_head(policy, device, model):
 
 
 def last_checkpoint(out):
-    """The step of the last whole one, 0 without; what a killed run left half-written goes."""
+    """The step of the last whole one, 0 if there is none. Half-written ones are removed."""
     for torn in out.glob("checkpoint/*.tmp"):
         remove(torn)
     return max((int(folder.name) for folder in checkpoints(out)), default=0)
@@ -861,17 +873,17 @@ def load_checkpoint(run, step):
 
 
 def save_model(run):
-    """The final model as a Hugging Face folder, in the precision of π_ref's, or of π's if that is wider."""
+    """The final model as a Hugging Face folder, in the precision of π_ref's file, or wider if --dtype is."""
     policy, args = run.policy, run.args
     dtype = torch.promote_types(policy.saved_dtype, getattr(torch, args.dtype))
     if args.lora:  # a weight and its small addition, summed in bf16, would be the weight again
         dtype = torch.float32
-    # all gather each tensor, the first process keeps it
+    # all processes go through full_weights, which gathers; the first one keeps the tensors
     weights = {name: tensor.to("cpu", dtype) for name, tensor in policy.full_weights() if RANK == 0}
     if RANK == 0:
         with atomic_write(args.out / "model") as aside:
             policy.model.save_pretrained(aside, state_dict=weights)
-            policy.config.dtype = dtype  # save_pretrained has named the fp32 masters'
+            policy.config.dtype = dtype  # save_pretrained wrote that of the masters, fp32
             policy.config.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
     barrier("model saved")
@@ -929,7 +941,7 @@ class Log:
 
     def on_signal(self, number, _):
         if RANK == 0 and not self.signals:
-            os.write(2, b"\nstopping after this step\n")  # print, which is not re-entrant, may be at work
+            os.write(2, b"\nstopping after this step\n")  # not print: the signal may have interrupted one
         self.signals.append(number)
 
     def asked_to_stop(self):
@@ -956,7 +968,7 @@ class Log:
             self.show(row, samples, constants)
 
     def show(self, metrics, samples, constants):
-        """The bar's figures; now and then a sample (all of the process's go to samples/); illnesses, once."""
+        """The bar's figures; now and then a sample (all of the process go to samples/); each warning once."""
         step, evaluated = metrics["step"], [row for row in self.history if "accuracy" in row]
         figures = [f"reward {metrics['reward']:.3f}", f"KL {metrics['kl']:.2f}"]
         if evaluated:
@@ -1041,7 +1053,7 @@ def diagnose(rows, args, most_reward=1.0):
     before = lambda key: mean(key, 0)
     now = lambda key: mean(key, len(rows) - 10)
     best = max(mean("reward", at) for at in range(len(rows) - 9))
-    # where filtering began to pay in experiments/. With one to three completions none is right too often
+    # above 15 % --filter pays (experiments/). Of fewer than 4 completions none is right too often
     if now("unsolved") > 0.15 and most_reward and args.samples >= 4:
         found["unsolved"] = (
             f"{now('unsolved'):.0%} of the prompts were never solved by π_ref in Stage 1, so there is little "
@@ -1068,7 +1080,7 @@ def diagnose(rows, args, most_reward=1.0):
     if most_reward and now("kl") * args.beta2 > most_reward:
         found["runaway"] = (
             f"the KL to π_ref runs away: {now('kl'):.1f}, and no reward is worth more than "
-            f"1/β2 = {most_reward / args.beta2:g}. Lower --lr, or use more --warmup.")
+            f"{most_reward:g}/β2 = {most_reward / args.beta2:g}. Lower --lr, or use more --warmup.")
     if best > 0.1 and now("reward") < 0.6 * best:
         found["collapse"] = (
             f"the reward fell from {best:.2f} to {now('reward'):.2f}. Lower --lr, or raise --beta2 or "

@@ -1,12 +1,12 @@
-"""A*-PO, Stage 1: how well could one do on each prompt?   (arXiv 2505.20686)
+r"""A*-PO, Stage 1: how well could one do on each prompt?   (arXiv 2505.20686)
 
 For every prompt x the reference policy π_ref writes N completions y_i. Each earns a reward r_i, 0 or 1. Then
 
     V̂*(x) = β1 ln( 1/N Σ_i exp( r_i / β1 ) )
 
 estimates the value of the *optimal* KL-regularised policy, offline and once. PPO's critic and GRPO's groups
-estimate a value over and over while they train. Here that is done beforehand, so Stage 2 (train.py, which says
-why this is the right number) needs one completion per prompt.
+estimate a value over and over while they train. Here that is done beforehand, so Stage 2 (train.py, which
+says why this is the right number) needs one completion per prompt.
 
     python vstar.py                                                          the embedded world, on any CPU
     python vstar.py --model Qwen/Qwen2.5-1.5B --data math --out out/1.5B/vstar.jsonl           a real model
@@ -16,7 +16,7 @@ It writes out/vstar.jsonl, out/vstar.config.json (the settings) and out/vstar.pn
 problem with all its fields, its prompt, and lists over its N completions (here N = 2):
 
     {"id": "7", "question": "2+2=", "answer": "4", "prompt": "2+2=", "rewards": [1.0, 0.0], "lengths": [5, 7],
-     "finished": [true, true], "responses": ["\\\\boxed{4}", "2+2=5;\\\\boxed{5}"], "vstar": 0.717}
+     "finished": [true, true], "responses": ["\\boxed{4}", "2+2=5;\\boxed{5}"], "vstar": 0.717}
 
 A killed run is resumed by the same command.
 """
@@ -73,7 +73,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def estimate_vstar(rewards, beta1):
-    """V̂* = β1 ln( 1/N Σ exp(r_i/β1) ) over the last axis: (…, N) → (…).   A*-PO, the equation for V̂*
+    """V̂* = β1 ln( 1/N Σ exp(r_i/β1) ) over the last axis: (…, N) → (…)
 
     With 3 of 8 right and β1 = 0.5 it is ½ ln((5 + 3 e²) / 8) = 0.61: above the mean reward 0.375, as a policy
     that may leave π_ref can do better, and below the best, 1, as leaving costs KL.
@@ -130,8 +130,8 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
     """Writes N graded completions of each problem into args.out, a row each, sorted by id.
 
     All processes share the work, in chunks of problems; a chunk is a file that appears whole. Completions
-    that exist are kept: those that a killed run has saved, and those of a run with other --samples, as the
-    random numbers of a problem's i-th completion depend on i and not on N.
+    that exist are kept, those of a killed run and those of a run with other --samples: the random numbers of
+    a problem's i-th completion do not depend on N.
     → tokens per second, if all processes are as quick as this one; None where nothing was left to do
     """
     n, parts = args.samples, parts_of(args.out)
@@ -174,7 +174,7 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
         sampler.close()
     barrier(f"sampled {args.out}")
     if RANK == 0 and parts.exists():
-        rows = existing_rows(args.out)
+        rows = existing_rows(args.out)  # which count() reads
         if any(count(problem) < n for problem in problems):
             fail(f"{parts}: completions of other processes do not appear there; do all nodes share the "
                  "folder? The same command resumes from here")
@@ -185,8 +185,8 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
 
 
 def append_completion(row, completion, response, reward):
-    """To a row's lists over its completions. (Tokens are kept for the KL: they may differ from the response
-    encoded again.)"""
+    """To a row's lists over its completions. (Tokens stay only with `keep_tokens`: a response that is encoded
+    again could give others.)"""
     row.setdefault("rewards", []).append(reward)
     row.setdefault("lengths", []).append(len(completion.tokens))
     row.setdefault("finished", []).append(completion.finished)
@@ -203,9 +203,9 @@ def existing_rows(out):
 
 
 def split_into_chunks(problems, count, args):
-    """Lists of problems that have equally many completions, and of which one batch holds what is missing."""
+    """Lists of problems that lack equally many completions; one decode batch holds all that a list lacks."""
     todo = [problem for problem in problems if count(problem) < args.samples]
-    # the longest prompts first: what does not fit into memory fails at once, and a chunk is of like length
+    # the longest prompts first: memory fails at once, and the prompts of a chunk are of like length
     todo.sort(key=lambda problem: (count(problem), -len(problem["tokens"]), problem["id"]))
     chunks = []
     for existing, group in groupby(todo, key=count):
@@ -222,8 +222,8 @@ def split_into_chunks(problems, count, args):
 def between_prompts(rewards):
     """The share of the rewards' variance that lies between prompts: what V̂*(x) can know. (prompts, N) → ()
 
-    The total is the variance between prompts plus that within them. The unbiased variance of a prompt's N rewards
-    estimates the latter.
+    The total is the variance between prompts plus that within them. The unbiased variance of a prompt's N
+    rewards estimates the latter.
     """
     within = rewards.var(axis=1, ddof=1).mean()
     return max(0.0, 1 - within / rewards.var())
@@ -232,7 +232,7 @@ def between_prompts(rewards):
 def pass_at_k(rewards, k):
     """The chance that at least one of k completions is right, from N ≥ k of them: (…, N) → (…)
 
-    1 - C(wrong, k) / C(N, k) (Chen et al. 2021, eq. 1), as a product: k that are drawn are all wrong.
+    1 - C(wrong, k) / C(N, k) (Chen et al. 2021, eq. 1), as a product: the chance that k draws are all wrong.
     """
     right = np.asarray(rewards) >= 1
     n, wrong = right.shape[-1], (~right).sum(-1)
@@ -247,7 +247,7 @@ def mean_and_interval(values):
 
 
 def summary(rows, beta1, speed=None, custom_reward=None):
-    """What Stage 1 found, as text. Right is what earns at least 1."""
+    """What Stage 1 found, as text. A completion is right if its reward is at least 1."""
     rewards = np.array([row["rewards"] for row in rows])  # (prompts, N)
     n, right = rewards.shape[1], (rewards >= 1).sum(1)
     accuracy, half = mean_and_interval((rewards >= 1).mean(1))
@@ -268,8 +268,9 @@ def summary(rows, beta1, speed=None, custom_reward=None):
         lines[-1] += f"      {speed:,.0f} tokens/s"
     lines.append(f"mean V̂*           {estimate_vstar(rewards, beta1).mean():.3f}")
     if n > 1 and rewards.var() > 0:
-        lines.append(f"between prompts   {between_prompts(rewards):.0%} of the rewards' variance. Near 0 one "
-                     "V̂* for all prompts would do; where it is large, V̂*(x) and --filter matter")
+        lines.append(f"between prompts   {between_prompts(rewards):.0%} of the rewards' variance: V̂*(x) can "
+                     "know so much, the rest is luck within a prompt.\n" + 18 * " " + "Near 0 one V̂* for "
+                     "all prompts would do; where it is large, V̂*(x) and Stage 2's --filter matter")
     if unsolved == 1 and finished > 0.5:
         lines += wrong_responses(rows, 3, custom_reward)
     if unsolved > 0.9 and zero_or_one:
@@ -319,14 +320,14 @@ def histogram(rows, path):
 
 # -----------------------------------------------------------------------------------------------------------
 # the sampler, with two engines: generate(prompts, n, seeds), stream(requests, n), weights_of(policy), close()
-# A request is (prompts, seeds, first): it wants the completions `first` to n - 1 of each prompt. Each has random
-# numbers of its own, so those before `first` need not be drawn again.
+# A request is (prompts, seeds, first): of each prompt `first` completions exist already, of a smaller N, and
+# the completions `first` to n - 1 are wanted. Each has random numbers of its own.
 
 
 class Completion(NamedTuple):
     tokens: list  # what was sampled, up to and including the EOS
     finished: bool  # did it end with EOS, or was it cut off?
-    logps: list  # ln π of each token at the sampling temperature (vLLM: in training alone)
+    logps: list  # ln π of each token at the sampling temperature (with vLLM only in Stage 2)
 
 
 def make_sampler(args, eos, problems, device, training=False):
@@ -358,7 +359,7 @@ def grade(args, tokenizer, pairs):
             try:
                 graded.append((response, next(rewards)))
             except (Exception, SystemExit) as error:  # of the user's code; a 0 instead would be trained on
-                path = args.reward.rpartition(":")[0]
+                path = str(args.reward).rpartition(":")[0]
                 trace = traceback.extract_tb(error.__traceback__)
                 lines = [f", line {frame.lineno}" for frame in trace if frame.filename == path]
                 fail(f"--reward {args.reward}{''.join(lines[-1:])}: {type(error).__name__}: {error}; "
@@ -367,7 +368,7 @@ def grade(args, tokenizer, pairs):
 
 
 def prompt_seed(seed, key):
-    """The seed of one prompt's completions: of the run's seed and the prompt's id, not of its neighbours."""
+    """The seed of one prompt's completions: a hash of the run's seed and of the prompt's id alone."""
     text = f"{seed}/{key}".encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
@@ -392,7 +393,7 @@ class TransformersSampler:
         groups = []
         for batch in batched(longest_first, max(1, self.max_rows // (n - first))):
             batch_prompts, batch_seeds = [prompts[i] for i in batch], [seeds[i] for i in batch]
-            # in one part, unless one prompt has more completions than fit
+            # in one part, unless one prompt has more completions than fit; parts[j][i] is prompt i's part j
             parts = [self.decode(batch_prompts, range(i, min(i + self.max_rows, n)), batch_seeds)
                      for i in range(first, n, self.max_rows)]
             groups += [sum(parts_of_prompt, []) for parts_of_prompt in zip(*parts)]
@@ -452,8 +453,7 @@ class TransformersSampler:
     def stream(self, requests, n):
         """Yields (a request's index, its completions) as they are done.
 
-        A waiting prompt does not take a finished row's place: all rows would share the longest one's width,
-        which was measured, and is slower.
+        A waiting prompt does not take a finished row's place: all rows would be as wide as the longest one.
         """
         for index, (prompts, seeds, first) in enumerate(requests):
             yield index, self.generate(prompts, n, seeds, first)
@@ -497,7 +497,7 @@ class VLLMSampler:
         self.llm = vllm.LLM(
             args.model,
             revision=args.revision,
-            seed=args.seed + RANK,
+            seed=args.seed,  # each request has a seed of its own
             # LoRA's small additions, merged into bf16 weights, would be rounded away
             dtype="float32" if getattr(args, "lora", None) else args.dtype,
             max_model_len=window,
@@ -576,7 +576,7 @@ class VLLMSampler:
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(named_tensors)))
 
     def prove_push(self, policy):
-        """Does a push arrive? The first one doubles all vectors (norms), and they are read back."""
+        """Does a push arrive? One with all vectors (norms) doubled is read back. The true weights follow."""
         pushed = {}
 
         def doubled():
@@ -625,8 +625,8 @@ class Flags(argparse.ArgumentParser):
     def group(self, title):
         """→ add(name, default, help)
 
-        The default tells the type. A type in its place means that there is no default; a list holds the choices,
-        of which the first is the default. Numbers are above 0, or with `zero` not below it.
+        The default tells the type. A type in its place means that there is no default; a list holds the
+        choices, of which the first is the default. Numbers are above 0, or with `zero` not below it.
         """
         group = self.add_argument_group(title)
 
@@ -694,7 +694,8 @@ def json_object(text):
 
 def add_machine_flags(parser, training=False):
     add = parser.group("memory and machine")
-    add("--seed", 0, "each completion is a function of this, the problem's id and its own number")
+    add("--seed", 0, "the random numbers of a completion follow from this, its problem's id and its number; "
+        "in Stage 2 from the step, too")
     add("--dtype", ["auto", "float32", "bfloat16"], "the precision of all computing; auto: bfloat16 on a GPU "
         "that multiplies in it, else float32")
     note = ", but transformers for --lora in bf16 (vLLM would hold fp32 weights)" if training else ""
@@ -743,7 +744,7 @@ def with_short_errors(main):
         signs = "out of memory", "Free memory on device"  # torch's, and vLLM's
         if not any(sign in str(error) for sign in signs):
             raise
-        fail("out of GPU memory: lower --decode_rows (transformers), --gpu_memory (vLLM) or "
+        fail("out of GPU memory: lower --decode_rows (transformers), --gpu_memory (vLLM) or, in training, "
              "--tokens_per_microbatch")
     except KeyboardInterrupt:
         tqdm.write("stopped; the same command resumes from here", file=sys.stderr)
@@ -751,7 +752,7 @@ def with_short_errors(main):
 
 
 def start_process(args, group=False):
-    """Settles the process's GPU and cores, --dtype and --engine; with `group`, joins the others. → the device
+    """Settles GPU and cores, --dtype and --engine; with `group`, joins the process group. → the device
 
     Under torchrun each process sees its own GPU alone (so that is cuda:0) and takes its share of the cores.
     """
@@ -764,14 +765,15 @@ def start_process(args, group=False):
         on_gpus = visible != "" and torch.backends.cuda.is_built() and shutil.which("nvidia-smi")
         if on_gpus and torch.cuda.device_count() == 0:
             fail(f"process {local_rank} of this node finds no GPU left: lower --nproc_per_node")
-        # torchrun would leave each process one core; a scheduler may have given this node a part of the machine
+        # torchrun would leave each process one core; a scheduler may have given this node a part of the
+        # machine
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // local_world))
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.init()  # or a device mesh would choose GPU number LOCAL_RANK of the one that is left
+        torch.cuda.init()  # or a device mesh picks GPU number LOCAL_RANK, though this process sees only one
     elif platform.libc_ver()[0] == "glibc":  # keep freed memory: asking for it anew is a tenth of an update
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
@@ -784,7 +786,7 @@ def start_process(args, group=False):
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         if WORLD > 1:
             dist.init_process_group(backend)
-        elif args.dtype != "float32" or gpu:  # one process: the same code keeps fp32 masters
+        elif args.dtype != "float32" or gpu:  # FSDP on one process: it keeps the fp32 masters
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda" if gpu else "cpu")
 
@@ -870,7 +872,7 @@ def add_prompts(problems, args):
     """
     tokenizer, eos, window = load_tokenizer(args)
     for problem in problems:
-        if "vstar" not in problem:  # Stage 1's rows have their prompt, and a chat template may tell the date
+        if "vstar" not in problem:  # keep Stage 1's prompt: a chat template may insert today's date
             problem["prompt"] = make_prompt(tokenizer, problem, args.prompt, args.chat, args.chat_args)
         problem["tokens"] = encode(tokenizer, problem["prompt"], args.chat)
         if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
@@ -887,7 +889,7 @@ def add_prompts(problems, args):
 def atomic_write(path, mine=True):
     """A file or folder that others read appears whole or not at all: it is written aside, synced and renamed.
 
-    Where all processes write into one folder, only the first has it as `mine`.
+    Where all processes write into one folder, it is `mine` on the first alone, which renames it.
     """
     aside = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -937,14 +939,14 @@ def guard_completions(args, problems, may_change=(), **more):
 def guard_settings(args, config, outputs, may_change=(), **more):
     """May this run resume from `outputs`? Only if a run with the same settings made them.
 
-    The settings are all flags and `more`, and `config` keeps them. Those that `may_change` are the ones that
-    change at most rounding, or what is measured, or how long the run is.
+    The settings are all flags and `more`, and `config` keeps them. `may_change` names those that leave
+    earlier results usable.
     """
     may_change = {"out", "overwrite", "decode_rows", "gpu_memory", *may_change}
     settings = json.loads(json.dumps(vars(args) | more, default=str))
     settings = {key: value for key, value in settings.items() if key not in may_change}
     for flag in ("model", "data"):
-        source = Path(str(getattr(args, flag, "")))  # Stage 2 has no --data
+        source = Path(str(getattr(args, flag, "")))  # Stage 2 has no --data; "" is in no output
         if any(source.resolve().is_relative_to(path.resolve()) for path in outputs):
             fail(f"--out {args.out} would take the place of --{flag} {source}; name another")
     existing = [path for path in (config, *outputs) if path.exists()]
@@ -957,7 +959,8 @@ def guard_settings(args, config, outputs, may_change=(), **more):
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{existing[0]} is there, but not with a run's settings in {config.name}; --overwrite "
                  "starts afresh")
-        changed = [f"{'--' * (key in vars(args))}{key} (was {old.get(key)}, now {settings.get(key)})"
+        dashes = lambda key: "--" if hasattr(args, key) else ""
+        changed = [f"{dashes(key)}{key} (was {old.get(key)}, now {settings.get(key)})"
                    for key in settings | old if old.get(key) != settings.get(key)]
         if changed:
             fail(f"{config}: the run was begun with other settings: {', '.join(changed)}; --overwrite throws "
@@ -968,7 +971,7 @@ def guard_settings(args, config, outputs, may_change=(), **more):
 
 
 def fingerprint(model, reward=None):
-    """What stands behind the names, so that no completions are taken for those of a file that has changed.
+    """Hashes of the model's and the reward's files, so that an edit under the same name is noticed.
 
     Of each file in a local model's folder it reads 4 KB in 256 places. (--revision names the hub's.)
     """
@@ -1020,7 +1023,7 @@ def picture(path, rows, xs, panels):
     """Columns of `rows` against each other, as a .png: a line of panels for each x, a panel for each ys."""
     from matplotlib.figure import Figure
 
-    # what is text, such as evaluate.py's models, names its own line; so it needs room, and no legend
+    # values that are text, evaluate.py's models, are the axis' labels: they want width, and no legend
     values = [row.get(y) for row in rows for ys in panels for y in ys]
     texts = [len(value) for value in values if isinstance(value, str)]
     width = 2 + 3 * len(panels) + 0.09 * max(texts, default=0)

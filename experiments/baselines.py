@@ -4,10 +4,11 @@
     torchrun --nproc_per_node 8 -m experiments.baselines ppo --vstar out/1.5B/vstar.jsonl
     python -m experiments.baselines rebel --help                            train.py's flags, and REBEL's own
 
-Prompts, sampler, grader, optimizer, restart and logging are those of A*-PO, because the loop is. What differs is a
-subclass of train.APO: how many completions a prompt gets, what the loss takes as constants, and the loss. What an algorithm
-does not need (a critic, groups, the old policy's log-probabilities) is not made for it. Without flags a run takes those
-of tiny/train.args, and it lies in out/NAME. The defaults are those of verl, TRL (GRPO's group) and REBEL's release.
+Prompts, sampler, grader, optimizer, restart and logging are those of A*-PO, because the loop is. What differs
+is a subclass of train.APO: how many completions a prompt gets, what the loss takes as constants, and the
+loss. What an algorithm does not need (a critic, groups, the old policy's log-probabilities) is not made for
+it. Without flags a run takes those of tiny/train.args, and it lies in out/NAME. The defaults are those of
+verl, TRL (GRPO's group) and REBEL's release.
 """
 
 import math
