@@ -1,0 +1,160 @@
+"""Several processes and nodes, signals, kills at random moments, long runs."""
+
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers import (
+    HERE,
+    LONG,
+    close,
+    evaluation,
+    inside,
+    kill,
+    long,
+    metrics,
+    read_jsonl,
+    stage1,
+    stage2,
+    start,
+    torchrun,
+    wait_until,
+    weights,
+    whole,
+)
+
+
+@whole
+def test_ctrl_c_says_how_to_resume(undisturbed, tmp_path):
+    out = tmp_path / "vstar.jsonl"
+    # a shell's background job does not listen, nor do its children
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = start(*stage1(out), stderr=subprocess.PIPE, preexec_fn=listens)
+    wait_until(lambda: list(tmp_path.glob("*/*.jsonl")), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command resumes from here" in errors
+    assert "Traceback" not in errors
+    inside(*stage1(out))
+    assert out.read_bytes() == undisturbed[0].read_bytes()
+
+
+@long
+def test_two_processes_write_stage1_and_an_evaluation_like_one(undisturbed, tmp_path):
+    torchrun(2, *stage1(tmp_path / "vstar.jsonl"))
+    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
+    inside(*evaluation(tmp_path / "one", "--reference=tiny/model"))
+    torchrun(2, *evaluation(tmp_path / "two", "--reference=tiny/model"))
+    for path in (tmp_path / "one").glob("*.json*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+@long
+@pytest.mark.parametrize("more", [[], ["--lora=4", "--lr=3e-3"]])
+def test_checkpoints_between_one_two_and_four_ranks(more, trained, all_rows, tmp_path):
+    """A run of one process goes on on four, on two, and on one again."""
+    one = trained[0]
+    if more:
+        one = tmp_path / "one"
+        inside(*stage2(all_rows, one, *more))
+    for count, steps in zip((2, 4, 1, 2), (1, 2, 4, 6)):
+        torchrun(count, *stage2(all_rows, tmp_path / "run", *more, f"--steps={steps}"))
+    close(metrics(tmp_path / "run")[2:], metrics(one)[2:])
+
+
+def nodes(count, each, *command):
+    """Several machines, as far as the processes can tell: an agent for each, with its own share of the
+    cores. They meet at an address."""
+    cores = sorted(os.sched_getaffinity(0))
+    pin = lambda node: lambda: os.sched_setaffinity(0, cores[node::count] or cores)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    meet = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
+    sizes = [f"--nnodes={count}", f"--nproc_per_node={each}", "--local_addr=127.0.0.1"]
+    agent = ["-m", "torch.distributed.run", *sizes, *meet]
+    return [start(*agent, *command, start_new_session=True, preexec_fn=pin(node))
+            for node in range(count)]
+
+
+def descendants(parent):
+    """The ids of a process's children, and of theirs."""
+    command = ["ps", "-o", "pid=", "--ppid", str(parent)]
+    children = [int(line)
+                for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+@long
+def test_two_nodes_train_like_one(trained, all_rows, undisturbed, tmp_path):
+    """Both stages on two nodes; one dies in the middle of Stage 2, and the same commands go on to the same
+    result."""
+    for node in nodes(2, 1, *stage1(tmp_path / "vstar.jsonl")):
+        assert node.wait(timeout=300) == 0
+    assert (tmp_path / "vstar.jsonl").read_bytes() == undisturbed[0].read_bytes()
+    both = nodes(2, 1, *stage2(all_rows, tmp_path / "run"))
+    wait_until(lambda: (tmp_path / "run/checkpoint/00000002").exists(), *both)
+    ranks = descendants(both[0].pid) + descendants(both[1].pid)
+    kill(both[1])  # a node is gone; the other's agent gives up after five minutes, or a scheduler ends it
+    time.sleep(1)
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+    assert both[0].wait(timeout=60) != 0 and not (tmp_path / "run/model").exists()
+    for node in nodes(2, 1, *stage2(all_rows, tmp_path / "run")):
+        assert node.wait(timeout=300) == 0
+    close(metrics(tmp_path / "run"), metrics(trained[0]))
+
+
+@long
+def test_random_kills_over_both_stages(undisturbed, tmp_path):
+    """kill -9 at random moments (five; LONG=1: fifty); the same command, until it ends by itself: the same
+    bits."""
+    rng, kills = random.Random(2), 50 if LONG else 5
+    rows = lambda name: tmp_path / name / "vstar.jsonl"
+    more = ["--steps=60", "--batch_size=64", "--eval_every=20", "--tokens_per_microbatch=8000"]
+    quiet = dict(shell=True, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def both(name):
+        stages = stage1(rows(name)), stage2(rows(name), tmp_path / name / "run", *more)
+        return " && ".join(shlex.join([sys.executable, *map(str, stage)]) for stage in stages)
+
+    subprocess.run(both("whole"), check=True, **quiet)
+    for _ in range(kills):
+        process = subprocess.Popen(both("killed"), start_new_session=True, **quiet)
+        time.sleep(rng.uniform(4, 12))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(both("killed"), check=True, **quiet)
+    assert rows("killed").read_bytes() == rows("whole").read_bytes() == undisturbed[0].read_bytes()
+    one, other = (tmp_path / name / "run" for name in ("killed", "whole"))
+    assert metrics(one) == metrics(other) and weights(one) == weights(other)
+
+
+@long
+def test_a_long_run_stays_as_small_as_it_began(all_rows, tmp_path):
+    """Memory and open files from outside, over 80 steps (LONG=1: a thousand)."""
+    more = ["--batch_size=64", "--tokens_per_microbatch=8000", "--eval_every=1000", "--save_every=20"]
+    process = start(*stage2(all_rows, tmp_path, f"--steps={1000 if LONG else 80}", *more))
+    resident, files, path = [], [], tmp_path / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and len(read_jsonl(path)) > 10:  # it has begun
+            try:
+                resident.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]))
+                files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+            except OSError:
+                break  # it has just ended
+        time.sleep(0.1)
+    assert process.wait() == 0 and len(resident) > 20
+    fifth = len(resident) // 5
+    assert np.median(resident[-fifth:]) < 1.1 * np.median(resident[fifth : 2 * fifth])
+    # the first save opens some for good
+    assert np.median(files[-fifth:]) <= np.median(files[2 * fifth : 3 * fifth])
