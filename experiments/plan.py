@@ -1,23 +1,24 @@
 """What a run will hold in memory and how long it takes at least, before a GPU is asked for.
 
-    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B                           Stage 2, with train.py's flags
-    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B --stage 1 --data math     Stage 1, with vstar.py's flags
-    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B --algorithm grpo          a baseline, with its flags too
-    python -m experiments.plan --vstar out/vstar.jsonl             on this machine; model and lengths are Stage 1's
+    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B                 Stage 2, with train.py's flags
+    python -m experiments.plan 8xH100 --stage 1 --model Qwen/Qwen2.5-7B --data math     with vstar.py's flags
+    python -m experiments.plan 8xH100 --algorithm grpo --model Qwen/Qwen2.5-7B          with a baseline's, too
+    python -m experiments.plan --vstar out/vstar.jsonl     on this machine; model and lengths are Stage 1's
 
-It reads the model's config alone and loads no weights. The weights, gradients and optimizer states of each GPU are
-counted. The activations are not a formula but this code run on fake tensors, so they hold for any architecture. Times
-are floors, from the bytes and operations that cannot be avoided and the GPU's data sheet: a real run takes longer.
-Without a machine it plans for this one, and without any flags for `python train.py`.
+It reads the model's config alone and loads no weights. The weights, gradients and optimizer states of each
+GPU are counted. The activations are not a formula but this code run on fake tensors, so they hold for any
+architecture. Times are floors, from the bytes and operations that cannot be avoided and the GPU's data sheet.
+A real run takes longer, and several nodes communicate more slowly than one.
 """
 
 import argparse
 import math
 import re
-import weakref
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache
+from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
@@ -30,15 +31,19 @@ from torch.utils.checkpoint import checkpoint
 import train
 import vstar
 from experiments.baselines import ALGORITHMS
-from rewards import encode, fail
-from train import APO, Policy, Sample
+from rewards import fail
+from train import APO, LoraPolicy, Policy, Sample
 from vstar import WORLD, Completion, run_script
 
-# memory in GiB, dense bf16 FLOP/s, bytes/s of memory, and (one way) to other GPUs of the node; the makers' data sheets
-GPUS = {"A100": (80, 312e12, 2.04e12, 300e9), "H100": (80, 989e12, 3.35e12, 450e9),
-        "H200": (141, 989e12, 4.8e12, 450e9), "B200": (180, 2250e12, 8.0e12, 900e9),
-        "A2": (16, 18e12, 200e9, 16e9), "L4": (24, 121e12, 300e9, 32e9), "L40S": (48, 362e12, 864e9, 32e9)}  # by PCIe
-NETWORK, NODE = 50e9, 8  # bytes/s of a GPU's card to other nodes (400 Gb/s), GPUs of a node
+# memory in GiB, dense bf16 FLOP/s, bytes/s of memory, and (one way) to other GPUs of the node, by the makers'
+# data sheets
+GPUS = {"A100": (80, 312e12, 2.04e12, 300e9),
+        "H100": (80, 989e12, 3.35e12, 450e9),
+        "H200": (141, 989e12, 4.8e12, 450e9),
+        "B200": (180, 2250e12, 8.0e12, 900e9),
+        "A2": (16, 18e12, 200e9, 16e9),  # this one and those below are on PCIe
+        "L4": (24, 121e12, 300e9, 32e9),
+        "L40S": (48, 362e12, 864e9, 32e9)}
 OVERHEAD = 2.0  # GiB that CUDA, its libraries and NCCL take, and what fragments
 OBJECTIVES = {APO.name: APO, **ALGORITHMS}
 
@@ -48,29 +53,26 @@ def main():
     prompt, completion = 200, None
     if args.stage == 2 and args.model is None:
         prompt, completion = lengths_of_stage1(args)
-    prompt, completion = args.prompt_tokens or prompt, args.answer_tokens or completion or args.max_new_tokens / 2
+    prompt = args.prompt_tokens or prompt
+    completion = args.answer_tokens or completion or args.max_new_tokens / 2
+    settle(args, prompt)
     if args.stage == 1:
-        plan_stage1(args, args.limit or 1000, prompt, completion)
+        plan_stage1(args, prompt, completion)
     else:
         plan_training(args, OBJECTIVES[args.algorithm](args), prompt, completion)
 
 
 def parse_args():
-    """The flags of the script that is planned; what Stage 2 would take from Stage 1; and what is asked of the plan."""
-
-    def add_choice(parser):
-        add = parser.add_argument
-        add("machine", nargs="?", default="", metavar="8xH100", help=f"{', '.join(GPUS)} or CPU; default: this machine")
-        add("--stage", type=int, choices=[1, 2], default=2)
-        add("--algorithm", choices=OBJECTIVES, default="apo", help="of Stage 2")
-        return parser
-
-    first = add_choice(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    """The machine, what is planned, and the flags of the script that is planned."""
+    named = len(sys.argv) > 1 and sys.argv[1][0] != "-"
+    ranks, gpu = read_machine(sys.argv.pop(1) if named else "")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--stage", type=int, choices=[1, 2], default=2)
+    first.add_argument("--algorithm", choices=OBJECTIVES, default="apo")
     first.error = fail
-    chosen, _ = first.parse_known_args()
+    chosen, sys.argv[1:] = first.parse_known_args()
     parser = vstar.make_parser() if chosen.stage == 1 else train.make_parser(OBJECTIVES[chosen.algorithm])
-    add_choice(parser)
-    parser.prog, parser.description = "python -m experiments.plan", __doc__.splitlines()[0]
+    parser.prog = f"python -m experiments.plan [8xH100] [--stage 1] [--algorithm {'|'.join(OBJECTIVES)}]"
     add = parser.group("the plan")
     if chosen.stage == 2:
         add("--model", str, "a Hugging Face model folder or hub id; default: Stage 1's, as all that follows")
@@ -78,82 +80,78 @@ def parse_args():
         add("--max_new_tokens", 1024, "of an answer, at the most")
         parser.set_defaults(temperature=1.0)
     add("--prompt_tokens", float, "mean tokens of a prompt; default: 200, where --model is given")
-    add("--answer_tokens", float, "mean tokens of an answer; default: half of --max_new_tokens, where --model is given")
-    parser.parse_args = parser.parse_intermixed_args  # the machine may stand anywhere among the flags
-    return vstar.read_flags(parser, "vstar" if chosen.stage == 1 else "train")
+    add("--answer_tokens", float, "mean tokens of an answer; default: half of --max_new_tokens, likewise")
+    args = vstar.read_flags(parser, "vstar" if chosen.stage == 1 else "train")
+    vars(args).update(vars(chosen), ranks=ranks, gpu=gpu)
+    return args
 
 
 def lengths_of_stage1(args):
     """Mean tokens of a prompt and of a completion. `args` gets the rest from Stage 1, as in training."""
-    if not args.vstar.exists():
-        fail(f"{args.vstar}: no such file; say --model, or where Stage 1's rows are (--vstar)")
-    rows, _ = train.read_stage1(args)
-    tokenizer, *_ = vstar.load_tokenizer(args.model, args.revision)
-    return (np.mean([len(encode(tokenizer, row["prompt"], args.chat)) for row in rows]),
-            np.mean([row["lengths"] for row in rows]))
+    problems = train.settle(args, *train.read_stage1(args))
+    vstar.add_prompts(problems, args)
+    prompts = [len(problem["tokens"]) for problem in problems]
+    return np.mean(prompts), np.mean([problem["lengths"] for problem in problems])
+
+
+def settle(args, prompt):
+    """Sets args.dtype, args.engine, args.lr, and args.width: the tokens of the longest row."""
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.gpu in GPUS else "float32"
+    args.width = math.ceil(prompt) + args.max_new_tokens
+    args.lr = args.stage == 2 and (args.lr or 1e-6)  # a baseline asks for it
+    if args.engine == "auto":  # vLLM would hold the merged weights of --lora in fp32
+        rounds = args.stage == 2 and args.lora and args.dtype == "bfloat16"
+        args.engine = "vllm" if args.gpu in GPUS and not rounds else "transformers"
 
 
 def read_machine(text):
     """'8xH100' → (8, 'H100'); '' is this machine."""
     if not text:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        known = [gpu for gpu in (*GPUS, "CPU") if gpu in re.findall(r"\w+", name)]  # L4 is not L40S
-        if not known:
-            fail(f"{name} is not in the plan's table; name a GPU that is like it: {', '.join(GPUS)}")
-        text = f"{WORLD}x{known[0]}"
-    found = re.fullmatch(r"(?:(\d+)x)?(\w+)", text)
-    if not found or found[2].upper() not in {*GPUS, "CPU"} or found[1] == "0":
+        known = [gpu for gpu in GPUS if gpu in re.findall(r"\w+", name)]  # L4 is not L40S
+        text = f"{WORLD}x{(known or [name])[0]}"
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", text)
+    if not found or found[2].upper() not in {*GPUS, "CPU"}:
         fail(f"{text}: say how many of which, as in 8xH100 (known: {', '.join(GPUS)}, CPU)")
     return int(found[1] or 1), found[2].upper()
 
 
-def precision(args, gpu):
-    auto = "bfloat16" if gpu != "CPU" else "float32"
-    return getattr(torch, auto if args.dtype == "auto" else args.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stage 2
 
 
 def plan_training(args, objective, prompt, completion):
     """Prints what train.py will need; prompt and completion: mean tokens."""
-    ranks, gpu = read_machine(args.machine)
-    shape, on_gpu = load_shape(args), gpu != "CPU"
-    dtype, width = precision(args, gpu), math.ceil(prompt) + args.max_new_tokens
-    args.dtype = str(dtype)[6:]
-    args.engine = train.wanted_engine(args)
-    if args.engine == "auto":
-        args.engine = ("vllm" if on_gpu else "transformers") if args.machine else vstar.pick_engine("auto")[0]
-    parts = memory(shape, args, objective, ranks, gpu if on_gpu else None, dtype, width)
-    print(f"{args.model}: {shape.total:,} parameters, --algorithm {objective.name}, {ranks} × {gpu}, computed in "
-          f"{str(dtype)[6:]}, --engine {args.engine}; planned, not measured\n")
+    shape, on_gpu = load_shape(args.model, args.revision), args.gpu in GPUS
+    parts = memory(shape, args, objective)
+    print(f"{args.model}: {shape.total:,} parameters, {args.ranks} × {args.gpu}, "
+          f"--algorithm {objective.name}, {args.dtype}, --engine {args.engine}; planned, not measured\n")
     print("on each " + ("GPU" if on_gpu else "process"))
     for name, size in parts.items():
         print(f"  {name:34s}{size:9.2f} GiB")
-    print(f"  {'at the most at a time':34s}{peak(parts):9.2f} GiB" + (
-        f" and about {OVERHEAD:g} for CUDA and NCCL, of {GPUS[gpu][0]}" if on_gpu else ""))
-    node = min(ranks, NODE)
-    waiting = dtype.itemsize * shape.total * node / ranks if args.offload_reference and on_gpu else 0
-    print(f"host memory per node: {(2 * node * shape.total + waiting) / 2**30:.1f} GiB; each process reads the model")
-    if on_gpu:
-        print(remedy(shape, args, objective, ranks, gpu, dtype, width))
-        floor = step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, args.max_new_tokens)
-        seconds = sum(value for name, value in floor.items() if name != "communication")
-        print(f"\na step of {args.batch_size * objective.completions} answers ({prompt:.0f} + {completion:.0f} tokens)"
-              ", at least: " + ", ".join(f"{name} {value:.2f} s" for name, value in floor.items()))
-        compute = floor["reference"] + floor["update"]
-        if ranks > 1:
-            share = floor["communication"] / compute
-            print(f"communication is {'hidden behind' if share < 1 else 'more than'} the computing ({share:.1f} of it)")
-        if args.steps:
-            hours = args.steps * max(seconds, floor["sampling"] + floor["communication"]) / 3600
-            print(f"{args.steps} steps: at least {hours:.2f} h, {hours * ranks:.1f} GPU hours")
+    room = f" and about {OVERHEAD:g} for CUDA and NCCL, of {GPUS[args.gpu][0]}" if on_gpu else ""
+    print(f"  {'at the most at a time':34s}{peak(parts):9.2f} GiB{room}")
+    print(f"host memory: {2 * shape.total / 2**30:.1f} GiB a process, while it reads the model")
+    if not on_gpu:
+        return
+    print(verdict(shape, args, objective))
+    floor = step_floor(shape, args, objective, prompt, completion)
+    answers = args.batch_size * objective.completions
+    print(f"\na step of {answers} answers ({prompt:.0f} + {completion:.0f} tokens), at least: "
+          + ", ".join(f"{name} {value:.2f} s" for name, value in floor.items()))
+    # communication can hide behind the computing
+    work = floor["sampling"] + max(floor["reference"] + floor["update"], floor["communication"])
+    if args.steps:
+        hours = args.steps * work / 3600
+        print(f"{args.steps} steps: at least {hours:.2f} h, {hours * args.ranks:.1f} GPU hours")
 
 
 def networks_of(objective):
-    """→ how many networks an objective trains, and how many it runs over the completions before the update: π_ref, and
-    what else it takes as given. The objective itself is asked, with stand-ins for networks. So this holds for all."""
+    """→ how many networks an objective trains, and how many it runs over the completions before the update.
+
+    The objective itself is asked, with stand-ins for networks. So this holds for all of them.
+    """
     asked = set()
 
     def stand_in(name):
@@ -161,160 +159,157 @@ def networks_of(objective):
 
     trained = 1 + len(objective.networks(stand_in))
     sample = Sample(dict(tokens=[0], vstar=0.0), Completion([0], True, [0.0]), "", 0.0, 0)
-    run = Namespace(policy=stand_in("policy"), reference=stand_in("reference"), device=torch.device("cpu"))
-    objective.given(run, [sample] * objective.completions)
+    run = Namespace(policy=stand_in("policy"), reference=stand_in("reference"), device="cpu")
+    objective.constants(run, [sample] * objective.completions)
     return trained, len(asked)
 
 
-def memory(shape, args, objective, ranks, gpu, dtype, width):
-    """GiB on each process in Stage 2: {part: GiB}; `gpu` is a name in GPUS or None."""
+def memory(shape, args, objective):
+    """GiB on each process in Stage 2: {part: GiB}"""
     total, block, rest = shape.total, shape.block, shape.rest
-    recompute = args.recompute == "yes" or (args.recompute == "auto" and gpu is not None)
+    dtype, on_gpu = getattr(torch, args.dtype), args.gpu in GPUS
+    b = dtype.itemsize
+    recompute = args.recompute == "yes" or (args.recompute == "auto" and on_gpu)
+    rows = max(1, args.tokens_per_microbatch // args.width)
+    most, kept, additions = activations(shape, dtype, rows, args.width, recompute, on_gpu, args.lora)
     trained, _ = networks_of(objective)
-    rows = max(1, args.tokens_per_microbatch // width)
-    most, kept, head = activations(shape, dtype, rows, width, recompute, gpu is not None, args.lora)
-    b, whole = dtype.itemsize, trained - bool(args.lora)  # networks that are trained whole: a critic is
-    learned = total * whole + (additions(shape, args.lora) if args.lora else 0)
-    sharded = ranks > 1 or ((gpu or dtype != torch.float32) and whole > 0)  # as start_process and make_run decide
-    # FSDP gathers a block, the next one and what lies in no block; gradients wait in `dtype` and fp32 for their sum
-    gathered = (b * (2 * block + rest) + (b + 4) * (block + rest) * (whole > 0)) if sharded else 0
-    if gpu and args.engine != "transformers":  # vLLM, asleep during the update
-        sampling = args.gpu_memory * GPUS[gpu][0] * 2**30
+    whole = trained - bool(args.lora)  # networks that are trained whole: a critic is
+    learned = total * whole + additions
+    # as start_process and make_run decide
+    sharded = args.ranks > 1 or (whole > 0 and (on_gpu or dtype != torch.float32))
+    gathered = 0
+    # a block, the next one and what lies in no block; gradients wait in `dtype` and fp32 for their sum
+    if sharded:
+        gathered = b * (2 * block + rest) + (b + 4) * (block + rest) * (whole > 0)
+    if on_gpu and args.engine == "vllm":  # asleep during the update
+        sampling = args.gpu_memory * GPUS[args.gpu][0] * 2**30
     else:
-        sampling = (b * total if sharded else 0) + sampler_bytes(shape, dtype, args.decode_rows, width)
-    # with --lora the reference is the frozen network that the additions stand on, at work all the time
-    parts = {"weights (fp32)": 4 * learned / ranks, "gradients (fp32)": 4 * learned / ranks,
-             "AdamW (fp32)": 8 * learned / ranks,
-             "reference": 0 if args.offload_reference and gpu and not args.lora else b * total / ranks,
-             "gathered by FSDP": gathered, "kept activations": kept, "head's chunk, or a block at work": most - kept,
+        sampling = b * total * sharded + sampler_bytes(shape, args)
+    parts = {"weights (fp32)": 4 * learned / args.ranks,
+             "gradients (fp32)": 4 * learned / args.ranks,
+             "AdamW (fp32)": 8 * learned / args.ranks,
+             # with --lora the frozen network that the additions stand on
+             "reference": b * total / args.ranks,
+             "gathered by FSDP": gathered,
+             "kept activations": kept,
+             "head's chunk, or a block at work": most - kept,
              "sampling": sampling}
     return {name: size / 2**30 for name, size in parts.items()}
 
 
 def peak(parts):
     """Nothing of the update is there while sampling, nor the other way round."""
-    update = sum(parts[name] for name in ("gradients (fp32)", "gathered by FSDP", "kept activations",
-                                          "head's chunk, or a block at work"))
     always = sum(parts[name] for name in ("weights (fp32)", "AdamW (fp32)", "reference"))
+    update = sum(parts.values()) - always - parts["sampling"]
     return always + max(update, parts["sampling"])
 
 
-def step_floor(shape, args, objective, ranks, gpu, dtype, prompt, completion, longest):
-    """Seconds that a step takes at least on each of `ranks` GPUs: {phase: seconds}"""
-    _, flops, bandwidth, nvlink = GPUS[gpu]
-    rows = args.batch_size * objective.completions / ranks
-    waves = math.ceil(rows / args.decode_rows) if args.engine == "transformers" else 1
-    held = engine_precision(args, dtype)
-    # beyond a node the ring runs through all of its network cards at a time
-    link = nvlink if ranks <= NODE else min(nvlink, NODE * NETWORK)
-    ring = shape.total * (ranks - 1) / ranks / link  # seconds in which every GPU gets all weights, at one byte each
-    # a token's step reads the weights once for all rows, and each row's keys and values; before that they are gathered
+def step_floor(shape, args, objective, prompt, completion):
+    """Seconds that a step takes at least on each GPU: {phase: seconds}; prompt and completion: mean tokens"""
+    _, flops, bandwidth, link = GPUS[args.gpu]
+    b = getattr(torch, args.dtype).itemsize
+    rows = args.batch_size * objective.completions / args.ranks
+    vllm = args.engine == "vllm"
+    waves = 1 if vllm else math.ceil(rows / args.decode_rows)
+    # seconds in which every GPU gets all weights, at one byte each
+    ring = shape.total * (args.ranks - 1) / args.ranks / link
+    # a token's step reads the weights once for all rows, and each row's keys and values
     context = rows * completion * (prompt + completion / 2)
-    bytes_read = waves * longest * held.itemsize * shape.read + context * cache_per_token(shape, held)
-    whole = args.engine != "transformers" and not args.lora  # vLLM gets fp32 weights
-    sampling = bytes_read / bandwidth + (4 if whole else dtype.itemsize) * ring
-    tokens = rows * (prompt + completion)
+    bytes_read = waves * args.max_new_tokens * engine_bytes(args) * shape.read
+    bytes_read += context * cache_per_token(shape, engine_bytes(args))
+    sampling = bytes_read / bandwidth
+    # before that they are gathered; vLLM gets fp32 weights
+    sampling += (4 if vllm and not args.lora else b) * ring
     forward = forward_flops(shape, rows, prompt, completion) / flops
     trained, before = networks_of(objective)  # a critic is of the policy's size
-    # forward, again for the backward pass, and that is twice a forward: once for the states, once for the weights
-    per_pass = 4 if args.recompute != "no" else 3
-    frozen = objective.passes if args.lora else 0  # backward passes of the policy that want no weights' gradient
-    micro = math.ceil(max(1.0, tokens / args.tokens_per_microbatch))
+    # forward, again for the backward pass, and that is twice a forward: once for the states, and once for
+    # weights that are not frozen
+    frozen = bool(args.lora)
+    update = trained * (3 if args.recompute == "no" else 4) - frozen
     # FSDP gathers weights for the forward and the backward pass, π_ref's for its own, and sums fp32 gradients
-    updates = objective.passes * trained
-    traffic = micro * (updates * (2 * dtype.itemsize + 4) - 4 * frozen + before * dtype.itemsize) * ring
-    return {"sampling": sampling, "reference": before * forward, "update": (updates * per_pass - frozen) * forward,
-            "communication": traffic}
+    micro = math.ceil(max(1.0, rows * (prompt + completion) / args.tokens_per_microbatch))
+    traffic = objective.passes * (trained * (2 * b + 4) - 4 * frozen) + before * b
+    return {"sampling": sampling,
+            "reference": before * forward,
+            "update": objective.passes * update * forward,
+            "communication": micro * traffic * ring}
 
 
-def engine_precision(args, dtype):
-    """vLLM gets --lora's merged weights in fp32."""
-    return torch.float32 if args.lora and args.engine != "transformers" else dtype
+def engine_bytes(args):
+    """Of a weight while it samples. vLLM gets --lora's merged weights in fp32."""
+    return 4 if args.lora and args.engine == "vllm" else getattr(torch, args.dtype).itemsize
 
 
-def vllm_share(shape, gpu, dtype):
+def least_share(shape, args):
     """The least --gpu_memory: the model and a tenth for keys and values."""
-    return math.ceil(110 * dtype.itemsize * shape.total / 2**30 / GPUS[gpu][0]) / 100
+    return math.ceil(110 * engine_bytes(args) * shape.total / 2**30 / GPUS[args.gpu][0]) / 100
 
 
-def remedy(shape, args, objective, ranks, gpu, dtype, width):
-    """Does it fit, and up to which --tokens_per_microbatch? If not, what would make it fit?"""
+def verdict(shape, args, objective):
+    """Does it fit? If not, what would make it fit?"""
+    room = GPUS[args.gpu][0]
 
-    held = engine_precision(args, dtype)
-    room, vllm, weights = GPUS[gpu][0], args.engine != "transformers", held.itemsize * shape.total / 2**30
+    def need(**changes):
+        changed = Namespace(**{**vars(args), **changes})
+        if changed.engine == "vllm" and changed.gpu_memory < least_share(shape, changed):
+            return math.inf
+        return peak(memory(shape, changed, objective)) + OVERHEAD
 
-    def parts(count=ranks, **changes):
-        return memory(shape, Namespace(**{**vars(args), **changes}), objective, count, gpu, dtype, width)
-
-    def fits(count=ranks, **changes):
-        share = changes.get("gpu_memory", args.gpu_memory)
-        return peak(parts(count, **changes)) + OVERHEAD <= room and (
-            not vllm or "engine" in changes or share * room >= 1.05 * weights)
-
-    least = dtype.itemsize * shape.total / 2**30  # of the decode loop, which --lora in vLLM may have to go back to
-    if least + OVERHEAD > room:
-        return f"it does not fit: for sampling each GPU holds the whole model, which is {least:.0f} GiB"
-    if fits():
-        update = lambda budget: peak(dict(parts(tokens_per_microbatch=budget), sampling=0)) + OVERHEAD
-        now = args.tokens_per_microbatch
-        slope = (update(4 * now) - update(now)) / (3 * now)
-        budget = now + (room - update(now)) / slope if slope else math.inf
-        return "it fits" + (f"; so would about --tokens_per_microbatch {budget:,.0f}" if budget < 2**20 else "")
-    smaller = dict(tokens_per_microbatch=width)
-    other = dict(gpu_memory=vllm_share(shape, gpu, held)) if vllm else dict(decode_rows=max(1, args.decode_rows // 8))
-    cheapest_first = [dict(recompute="yes"), smaller, other, {**smaller, **other}, dict(offload_reference=True),
-                      {**smaller, **other, "offload_reference": True},
-                      {"engine": "transformers", **smaller, "decode_rows": max(1, args.decode_rows // 8)}]
-    more = [(count, changes) for count in (2**k for k in range(1, 11)) if count > ranks for changes in ({}, other)]
-    for count, changes in [(ranks, changes) for changes in cheapest_first] + more:
-        if fits(count, **changes):
-            named = [f"--{key}" + (f" {value}" if value is not True else "") for key, value in changes.items()]
-            gpus = [f"{count} GPUs" + " and" * bool(named)] * (count > ranks)
-            return "it does not fit; it would with " + " ".join(gpus + named)
-    return ("it does not fit, on any number of GPUs: what is gathered at a time is too large. "
-            "A smaller model or larger GPUs")
+    if need() <= room:
+        return "it fits"
+    smaller = dict(tokens_per_microbatch=args.width)
+    if args.engine == "vllm":
+        sampling = dict(gpu_memory=least_share(shape, args))
+    else:
+        sampling = dict(decode_rows=max(1, args.decode_rows // 8))
+    remedies = [smaller, sampling, {**smaller, **sampling}]
+    for count in [2**k for k in range(1, 11)]:
+        remedies += [dict(ranks=count), dict(ranks=count, **sampling)]
+    for changes in remedies:
+        if need(**changes) <= room:
+            named = " and ".join(f"--{key} {value}" for key, value in changes.items())
+            return "it does not fit; it would with " + re.sub(r"--ranks (\d+)", r"\1 GPUs", named)
+    return "it does not fit, on any number of GPUs: each samples with the whole model"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stage 1
 
 
-def plan_stage1(args, count, prompt, completion):
-    """Prints what vstar.py will need for `count` problems; prompt and completion: mean tokens."""
-    ranks, gpu = read_machine(args.machine)
-    shape, dtype = load_shape(args), precision(args, gpu)
-    total, width = shape.total, math.ceil(prompt) + args.max_new_tokens
-    weights = dtype.itemsize * total / 2**30 / args.tensor_parallel
-    work = sampler_bytes(shape, dtype, args.decode_rows, width) / 2**30
-    print(f"{args.model}: {total:,} parameters, {ranks} × {gpu}, {str(dtype)[6:]}; planned, not measured\n\non each\n"
-          f"  {'weights':40s}{weights:9.2f} GiB\n"
-          f"  {f'transformers: --decode_rows {args.decode_rows} at work':40s}{work:9.2f} GiB")
-    if gpu == "CPU":
+def plan_stage1(args, prompt, completion):
+    """Prints what vstar.py will need; prompt and completion: mean tokens."""
+    shape, dtype = load_shape(args.model, args.revision), getattr(torch, args.dtype)
+    weights, loop = dtype.itemsize * shape.total / 2**30, sampler_bytes(shape, args) / 2**30
+    print(f"{args.model}: {shape.total:,} parameters, {args.ranks} × {args.gpu}, {args.dtype}")
+    print("planned, not measured\n\non each")
+    print(f"  {'weights':40s}{weights:9.2f} GiB")
+    print(f"  {f'transformers: --decode_rows {args.decode_rows} at work':40s}{loop:9.2f} GiB")
+    if args.gpu == "CPU":
         return
-    room = args.gpu_memory * GPUS[gpu][0] - weights
-    at_once = int(room * 2**30 / (width * cache_per_token(shape, dtype) / args.tensor_parallel))
+    size, flops, bandwidth, _ = GPUS[args.gpu]
+    cache = cache_per_token(shape, dtype.itemsize)
+    room = args.gpu_memory * size - weights
+    at_once = int(room * 2**30 / (args.width * cache))
     print(f"  {'left to vLLM for keys and values':40s}{room:9.2f} GiB   "
-          f"({max(0, at_once):,} answers of full length at a time)")
-    if room <= 0:
-        need = 2 ** math.ceil(math.log2(weights * args.tensor_parallel / (args.gpu_memory * GPUS[gpu][0])))
-        print(f"it does not fit; it would with --tensor_parallel {need}")
+          f"({at_once:,} answers of full length at a time)")
+    if at_once < 1:
+        print("it does not fit: raise --gpu_memory, or take a larger GPU")
         return
-    print("it fits" if weights + work + OVERHEAD <= GPUS[gpu][0] else
-          "it fits with vLLM; for transformers lower --decode_rows")
-    engines, answers = max(1, ranks // args.tensor_parallel), count * args.samples
+    fits = weights + loop + OVERHEAD <= size
+    print("it fits" if fits else "it fits with vLLM; for transformers lower --decode_rows")
     # vLLM's own bounds, by the GPU's memory; an A100 counts as small
-    at_once = max(1, min(at_once, 1024 if GPUS[gpu][0] >= 70 and gpu != "A100" else 256))
+    at_once = min(at_once, 1024 if size >= 70 and args.gpu != "A100" else 256)
+    answers = (args.limit or 1000) * args.samples
+    each = answers / args.ranks
     # as one ends the next takes its place, and no answer is shorter than itself
-    steps = max(args.max_new_tokens, answers / engines * completion / at_once)
-    cached = answers / engines * completion * cache_per_token(shape, dtype) * (prompt + completion / 2)
-    read = (steps * dtype.itemsize * shape.read + cached) / args.tensor_parallel
-    compute = forward_flops(shape, answers / engines, 0, completion) / args.tensor_parallel
-    hours = max(read / GPUS[gpu][2], compute / GPUS[gpu][1]) / 3600
+    steps = max(args.max_new_tokens, each * completion / at_once)
+    read = steps * dtype.itemsize * shape.read + each * completion * cache * (prompt + completion / 2)
+    hours = max(read / bandwidth, forward_flops(shape, each, 0, completion) / flops) / 3600
     print(f"\n{answers:,} answers of {completion:.0f} tokens, {at_once:,} at a time: "
-          f"at least {60 * hours:.1f} minutes, {hours * ranks:.2f} GPU hours")
+          f"at least {60 * hours:.1f} minutes, {hours * args.ranks:.2f} GPU hours")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the model: its parameters, its activations, its keys and values
 
 
@@ -327,12 +322,8 @@ class Shape:
     read: int  # of what a token's step reads: all but a table of embeddings that is not the head too
 
 
-def load_shape(args):
-    return shape_of(args.model, args.revision)
-
-
 @cache
-def shape_of(model, revision):
+def load_shape(model, revision=None):
     try:
         config = transformers.AutoConfig.from_pretrained(model, revision=revision)
     except (OSError, ValueError) as error:
@@ -351,79 +342,72 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
-        self.seen = weakref.WeakKeyDictionary()
+        self.now, self.most, self.seen = 0, 0, WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
                 storage = tensor.untyped_storage()
-                self.seen[storage] = size = storage.nbytes()
-                self.now += size
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.gone, size)
+                self.seen.add(storage)
+                self.count(storage.nbytes())
+                finalize(storage, self.count, -storage.nbytes())
         return out
 
-    def gone(self, size):
-        self.now -= size
-
-
-@cache
-def additions(shape, rank):
-    """The parameters that --lora adds."""
-    with FakeTensorMode():
-        policy = Policy(transformers.AutoModelForCausalLM.from_config(shape.config)).adapt(rank, torch.float32, 0)
-        return sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    def count(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 @cache
 def activations(shape, dtype, rows, width, recompute, gpu, rank):
-    """Bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; and of these what
-    is kept from the forward pass for the backward pass, and what the head's chunk adds to that."""
+    """→ the bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; of
+    these, what is kept from the forward pass for the backward pass; and the parameters that --lora adds"""
     with FakeTensorMode(), Live() as live:
-        policy = Policy(transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype), recompute)
-        if rank:
-            policy.adapt(rank, dtype, 0)
-        # a gradient leaves as soon as it is whole: they are counted elsewhere
-        for parameter in (p for p in policy.parameters() if p.requires_grad):
+        model = transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype)
+        policy = LoraPolicy(model, rank, dtype, 0, recompute) if rank else Policy(model, recompute)
+        learned = [p for p in policy.parameters() if p.requires_grad]
+        for parameter in learned:  # a gradient leaves as soon as it is whole: they are counted elsewhere
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        for block in policy.blocks:
-            block.training = recompute
-        held, ids = live.now, torch.zeros(rows, width, dtype=torch.long)
+        before, ids = live.now, torch.zeros(rows, width, dtype=torch.long)
         hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        kept = live.now - held
+        kept = live.now - before
         live.most = live.now
+        # the head alone, as in Policy.forward: how much do its chunks add?
         leaf = hidden.detach().reshape(-1, hidden.shape[-1]).requires_grad_()
         targets, chunk = ids.reshape(-1), policy.chunk(gpu)
-        torch.cat([checkpoint(policy.head, s, t, 1.0, use_reentrant=False)
-                   for s, t in zip(leaf.split(chunk), targets.split(chunk))]).sum().backward()
-        head = live.most - held - kept
+        logps = [checkpoint(policy.head, s, t, 1.0, use_reentrant=False)
+                 for s, t in zip(leaf.split(chunk), targets.split(chunk))]
+        torch.cat(logps).sum().backward()
+        of_head = live.most - before
+        # and then the blocks
         live.most, gradient = live.now, leaf.grad
         hidden.backward(gradient.view_as(hidden))
-        return max(kept + head, live.most - held), kept, head
+        return max(of_head, live.most - before), kept, sum(p.numel() for p in learned) if rank else 0
 
 
-def sampler_bytes(shape, dtype, rows, width):
-    """The transformers engine: keys and values of all rows at their longest, one layer's once more, for each head (that
-    is how transformers attends where rows are padded), and two steps' logits."""
-    text = shape.config.get_text_config()
-    one_layer = 2 * text.num_attention_heads * head_size(text) * dtype.itemsize
-    return rows * (width * (cache_per_token(shape, dtype) + one_layer) + text.vocab_size * (3 * dtype.itemsize + 4))
+def sampler_bytes(shape, args):
+    """The transformers engine: keys and values of all rows at their longest, one layer's once more, for each
+    head (that is how transformers attends where rows are padded), and two steps' logits."""
+    text, b = shape.config.get_text_config(), getattr(torch, args.dtype).itemsize
+    one_layer = 2 * text.num_attention_heads * head_size(text) * b
+    logits = text.vocab_size * (3 * b + 4)
+    return args.decode_rows * (args.width * (cache_per_token(shape, b) + one_layer) + logits)
 
 
 def head_size(text):
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def cache_per_token(shape, dtype):
+def cache_per_token(shape, size):
+    """The bytes of a token's keys and values, of `size` each."""
     text = shape.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_size(text) * dtype.itemsize
+    return 2 * text.num_hidden_layers * heads * head_size(text) * size
 
 
 def forward_flops(shape, rows, prompt, completion):
-    """Two per token and weight of the blocks, two per completion's token and weight of the head, and the attention."""
+    """Two per token and weight of blocks, two per completion's token and weight of the head; attention"""
     text, width = shape.config.get_text_config(), prompt + completion
     inner = text.num_attention_heads * head_size(text)
     blocks, head = 2 * (shape.total - shape.rest), 2 * text.vocab_size * text.hidden_size

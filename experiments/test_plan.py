@@ -1,19 +1,16 @@
 """The plan against what an update allocates, against sums by hand, and as a user asks for it."""
 
 import json
-import random
-import re
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-import test_apo
 import train
 from experiments import plan
 from experiments.baselines import GRPO, PPO, REBEL
-from test_apo import (
+from tests.helpers import (
     HERE,
     ends_in_one_line,
     inside,
@@ -28,111 +25,122 @@ from test_apo import (
 )
 from vstar import Completion
 
-all_rows = test_apo.all_rows  # a fixture
+
+def settled(**more):
+    """What Stage 2's plan works with."""
+    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5,
+                 lr=1e-6, width=128, tokens_per_microbatch=1024)
+    return some_args(**{**usual, **more})
 
 
 @whole
-@pytest.mark.parametrize("kind,recompute,budget,lora", [
-    ("Qwen2", "yes", 1024, None), ("Llama", "no", 1024, 4), *[
-        pytest.param(*others, marks=pytest.mark.long) for others in [
-            ("Qwen2", "yes", 2048, None), ("Qwen2", "no", 2048, None), ("Llama", "yes", 1024, None),
-            ("GPT2", "yes", 2048, None), ("Qwen2", "yes", 1024, 4)]]])
-def test_plan_is_what_an_update_allocates(kind, recompute, budget, lora):
-    """Weights, gradients, optimizer, reference, activations: two real updates of two micro-batches each, and every
-    allocation counted. With --lora there is one model, and gradients and Adam are those of the additions alone."""
-    args = some_args(tokens_per_microbatch=budget, recompute=recompute, engine="transformers", decode_rows=1,
-                     offload_reference=False, lora=lora)
-    objective, rng = train.APO(args), random.Random(0)
+@pytest.mark.parametrize("kind,recompute,lora", [
+    ("Qwen2", "yes", None),
+    ("Llama", "no", 4),
+    pytest.param("Qwen2", "no", None, marks=pytest.mark.long),
+    pytest.param("GPT2", "yes", None, marks=pytest.mark.long),
+    pytest.param("Qwen2", "yes", 4, marks=pytest.mark.long),
+])
+def test_plan_is_what_an_update_allocates(kind, recompute, lora):
+    """Weights, gradients, optimizer, reference, activations: two real updates of two micro-batches each, and
+    every allocation counted. With --lora there is one model; gradients and Adam are the additions' alone."""
+    args = settled(recompute=recompute, lora=lora, ranks=1, gpu="CPU", dtype="float32")
+    objective = train.APO(args)
     make = lambda: small_model(4000, kind, hidden=128, layers=4)
-    some_tokens = lambda count: [rng.randrange(4000) for _ in range(count)]
-    samples = [train.Sample(dict(id=str(i), tokens=some_tokens(8), vstar=0.5, rewards=[1.0]),
-                            Completion(some_tokens(120), True, [-1.0] * 120), "", 1.0, i) for i in range(budget // 64)]
+    problem = dict(id="0", tokens=[*range(8)], vstar=0.5, rewards=[1.0])
+    completion = Completion([*range(1000, 1120)], True, [-1.0] * 120)
+    samples = [train.Sample(problem, completion, "", 1.0, i) for i in range(16)]
     config = make().config
     with plan.Live() as live:
-        policy = train.Policy(make(), recompute == "yes")
         if lora:
-            policy.adapt(lora, torch.float32, 0)
+            policy = train.LoraPolicy(make(), lora, torch.float32, 0, recompute == "yes")
+        else:
+            policy = train.Policy(make(), recompute == "yes")
         reference = policy.unadapted if lora else train.Policy(make()).requires_grad_(False)
-        run = run_of(objective, policy, reference, torch.optim.AdamW(policy.parameters(), lr=1e-3))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        run = run_of(objective, policy, reference, optimizer)
         for _ in range(2):
-            train.update(run, samples, objective.given(run, samples))
+            train.update(run, samples, objective.constants(run, samples))
     learned = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = sum(p.numel() for p in policy.parameters())
     shape = plan.Shape(config, total - learned if lora else total, 0, 0, 0)
-    parts = plan.memory(shape, args, objective, 1, None, torch.float32, 128)
+    parts = plan.memory(shape, args, objective)
     assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
     assert parts["AdamW (fp32)"] * 2**30 == 8 * learned and parts["gathered by FSDP"] == 0
-    assert parts["weights (fp32)"] == parts["gradients (fp32)"] and (learned < total / 5 if lora else learned == total)
     # not only weights
     assert parts["kept activations"] + parts["head's chunk, or a block at work"] > 0.2 * plan.peak(parts)
 
 
 @whole
 def test_plan_of_shards_by_hand(tmp_path):
-    """Four GPUs hold a quarter of all that is sharded; bf16 gathers two bytes a weight and sums gradients in four."""
+    """Each of four GPUs has a quarter; bf16 gathers two bytes a weight, and gradients are summed in four."""
     small_model(4000, hidden=128, layers=4).config.save_pretrained(tmp_path)  # the config alone, no weights
-    args = some_args(tokens_per_microbatch=1024, recompute="auto", engine="vllm", decode_rows=1, gpu_memory=0.5,
-                     gamma=1, lam=1, critic_lr=1e-5, offload_reference=False, model=str(tmp_path), revision=None)
-    shape = plan.load_shape(args)
+    args = settled(engine="vllm", gpu_memory=0.5, ranks=4, gpu="H100", dtype="bfloat16")
+    shape = plan.load_shape(str(tmp_path))
     assert shape.rest == 2 * 4000 * 128 + 128  # embedding, head and the last norm
     # 4 attention matrices, 3 biases, 3 matrices of the MLP, 2 norms
-    assert shape.block == (2 * 128 * 128 + 2 * 128 * 64) + (128 + 64 + 64) + 3 * 128 * 256 + 2 * 128
-    assert shape.total == shape.rest + 4 * shape.block and shape.read == shape.total - 4000 * 128
-    parts = plan.memory(shape, args, train.APO(args), 4, "H100", torch.bfloat16, 128)
-    parts = {name: size * 2**30 for name, size in parts.items()}
-    assert parts["weights (fp32)"] == parts["gradients (fp32)"] == shape.total
-    assert parts["AdamW (fp32)"] == 2 * shape.total
-    assert parts["reference"] == shape.total / 2 and parts["sampling"] == 40 * 2**30
-    assert parts["gathered by FSDP"] == 2 * (2 * shape.block + shape.rest) + 6 * (shape.block + shape.rest)
-    # keys and values, layers, a head of two, bytes
-    assert plan.cache_per_token(shape, torch.bfloat16) == 2 * 4 * 64 * 2
-    both = plan.memory(shape, args, PPO(args), 4, "H100", torch.bfloat16, 128)  # a critic learns too
-    assert both["weights (fp32)"] * 2**30 == 2 * shape.total and both["AdamW (fp32)"] * 2**30 == 4 * shape.total
-    args.lora = 8  # the base in bf16, additions of rank 8 to seven layers of four blocks; no fp32 gradients wait
-    ours, critic = (plan.memory(shape, args, objective(args), 4, "H100", torch.bfloat16, 128)
-                    for objective in (train.APO, PPO))
+    matrices = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
+    assert shape.block == matrices + (128 + 64 + 64) + 2 * 128
+    assert shape.total == shape.rest + 4 * shape.block
+    assert shape.read == shape.total - 4000 * 128
+
+    def parts(objective):
+        found = plan.memory(shape, args, objective(args))
+        return {name: size * 2**30 for name, size in found.items()}
+
+    ours, both = parts(train.APO), parts(PPO)
+    assert ours["weights (fp32)"] == ours["gradients (fp32)"] == shape.total
+    assert ours["AdamW (fp32)"] == 2 * shape.total
+    assert ours["reference"] == shape.total / 2 and ours["sampling"] == 40 * 2**30
+    weights = 2 * (2 * shape.block + shape.rest)
+    assert ours["gathered by FSDP"] == weights + 6 * (shape.block + shape.rest)
+    assert both["weights (fp32)"] == 2 * shape.total  # a critic learns too
+    args.lora = 8  # the base in bf16, additions of rank 8 to seven layers of four blocks; no gradients wait
+    ours, both = parts(train.APO), parts(PPO)
     added = 4 * 8 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))
-    assert ours["weights (fp32)"] * 2**30 == ours["gradients (fp32)"] * 2**30 == added
-    assert ours["reference"] * 2**30 == shape.total / 2 and ours["AdamW (fp32)"] * 2**30 == 2 * added
-    assert ours["gathered by FSDP"] * 2**30 == 2 * (2 * shape.block + shape.rest)
-    assert critic["weights (fp32)"] * 2**30 == added + shape.total  # a critic is trained whole
+    assert ours["weights (fp32)"] == ours["gradients (fp32)"] == added and ours["AdamW (fp32)"] == 2 * added
+    assert ours["reference"] == shape.total / 2
+    assert ours["gathered by FSDP"] == weights
+    assert both["weights (fp32)"] == added + shape.total  # a critic is trained whole
 
 
 def test_plan_of_seconds_by_hand():
-    """16 H100s on two nodes and a model of 10⁹ weights: two layers, 16 heads of 64, keys and values too."""
+    """Eight H100s and a model of 10⁹ weights: two layers, 16 heads of 64, keys and values too."""
     config = transformers.Qwen2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16,
                                       num_key_value_heads=16, vocab_size=1000)
     shape = plan.Shape(config, 10**9, 5 * 10**8, 0, 10**9)
-    args = some_args(batch_size=256, engine="transformers", decode_rows=256, recompute="auto", critic_lr=1e-5, gamma=1,
-                     lam=1, tokens_per_microbatch=2400)
-    floor = lambda objective: plan.step_floor(shape, args, objective, 16, "H100", torch.bfloat16, 100, 200, 400)
-    found = floor(train.APO(args))
-    ring = 1e9 * 15 / 16 / (8 * 50e9)  # eight cards leave a node, NVLink within it is quicker
+    args = settled(batch_size=128, decode_rows=256, tokens_per_microbatch=2400, max_new_tokens=400, ranks=8,
+                   gpu="H100", dtype="bfloat16")
+    floor = lambda objective: plan.step_floor(shape, args, objective(args), 100, 200)
+    found, ring = floor(train.APO), 1e9 * 7 / 8 / 450e9
     cache = 2 * 2 * 1024 * 2  # bytes a token: keys and values, layers, width, bf16
-    # each GPU: 16 answers; 400 times all weights; 200 times the keys and values of 100 to 300 tokens, 200 on average
-    assert found["sampling"] == pytest.approx((400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12 + 2 * ring)
+    # each GPU: 16 answers; 400 times all weights; 200 times the keys and values of 100 to 300 tokens
+    read = (400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12
+    assert found["sampling"] == pytest.approx(read + 2 * ring)
     forward = 16 * (2e9 * 300 + 2 * 1000 * 1024 * 200 + 2 * 2 * 1024 * 300**2) / 989e12
-    assert found["reference"] == pytest.approx(forward) and found["update"] == pytest.approx(4 * forward)
+    assert [found["reference"], found["update"]] == pytest.approx([forward, 4 * forward])
     # two micro-batches: the policy's weights twice in bf16 and their gradients in fp32, π_ref's weights once
     assert found["communication"] == pytest.approx(2 * (2 + 2 + 4 + 2) * ring)
     args.lora = 8  # frozen weights get no gradient: neither its third of the backward pass nor its sum
-    less = floor(train.APO(args))
-    assert less["update"] == pytest.approx(3 * forward) and less["communication"] == pytest.approx(2 * 6 * ring)
+    less = floor(train.APO)
+    assert [less["update"], less["communication"]] == pytest.approx([3 * forward, 2 * 6 * ring])
     args.engine = "vllm"  # which holds the merged weights in fp32, and keys and values too
-    twice = 2 * (400 * 2e9 + 16 * 200 * cache * 200) / 3.35e12
-    assert floor(train.APO(args))["sampling"] == pytest.approx(twice + 2 * ring)
+    assert floor(train.APO)["sampling"] == pytest.approx(2 * read + 2 * ring)
     args.lora, args.engine = None, "transformers"
     # a critic learns too; its values and the old log-probabilities are two passes more
-    both = floor(PPO(args))
-    assert both["update"] == pytest.approx(8 * forward) and both["reference"] == pytest.approx(3 * forward)
+    both = floor(PPO)
+    assert [both["update"], both["reference"]] == pytest.approx([8 * forward, 3 * forward])
 
 
 def test_each_objective_is_asked_for_its_networks():
     """(trained, run before the update): PPO's critic, and the old policy where several updates follow."""
-    args = lambda **more: some_args(group=4, dr_grpo=False, critic_lr=1e-5, gamma=1, lam=1, **more)
-    for objective, expected in ((train.APO(args()), (1, 1)), (GRPO(args()), (1, 1)), (GRPO(args(passes=2)), (1, 2)),
-                                (REBEL(args(minibatches=2)), (1, 2)), (PPO(args()), (2, 3))):
-        assert plan.networks_of(objective) == expected
+
+    def networks(objective, **more):
+        return plan.networks_of(objective(settled(group=4, dr_grpo=False, **more)))
+
+    assert networks(train.APO) == networks(GRPO) == networks(REBEL) == (1, 1)
+    assert networks(GRPO, passes=2) == networks(REBEL, minibatches=2) == (1, 2)
+    assert networks(PPO) == (2, 3)
 
 
 @pytest.fixture
@@ -145,69 +153,61 @@ def planned(tmp_path):
         (folder / "config.json").write_text(json.dumps(dict(
             model_type="qwen2", hidden_size=3584, num_hidden_layers=layers, num_attention_heads=28,
             num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)))
-        return inside("-m", "experiments.plan", f"--model={folder}", *flags, check=check)
+        return inside("-m", "experiments.plan", *flags, f"--model={folder}", check=check)
 
     return ask
 
 
 @long
 def test_plan_says_what_would_fit(planned):
-    said = planned("8xH100").stdout
-    assert "7,615,616,512 parameters" in said and "it fits" in said
-    assert "it would with 4 GPUs\n" in planned("1xH100").stdout
-    assert "it fits" in planned("1xH100", "--lora=16").stdout
-    assert "it would with --tokens_per_microbatch 1224 --decode_rows 32" in planned("1xL4", "--lora=16").stdout
-    assert "--engine transformers" in planned("1xL4", "--lora=16", "--engine=vllm").stdout
-    fp32 = ("1xL4", "--lora=16", "--dtype=float32")  # there vLLM samples, and its weights are the ones too many
-    assert "it would with --engine transformers" in planned(*fp32, layers=8).stdout
-    assert "it would with --gpu_memory 0.2\n" in planned("8xH100", "--gpu_memory=0.1").stdout
-    largest = int(said.split("about --tokens_per_microbatch ")[1].split()[0].replace(",", ""))
-    for tokens, words in ((0.97 * largest, "it fits"),
-                          (1.03 * largest, "it does not fit; it would with --tokens_per_microbatch")):
-        assert words in planned("8xH100", f"--tokens_per_microbatch={int(tokens)}").stdout
+    for words, *flags in (
+        ("7,615,616,512 parameters", "8xH100"),
+        ("it fits\n", "8xH100"),
+        ("it would with 4 GPUs\n", "1xH100"),
+        ("it fits\n", "1xH100", "--lora=16"),
+        ("it would with --tokens_per_microbatch 1224 and --decode_rows 32\n", "1xL4", "--lora=16"),
+        ("it would with --gpu_memory 0.2\n", "8xH100", "--gpu_memory=0.1"),
+    ):
+        assert words in planned(*flags).stdout
 
 
 @whole
 def test_plan_of_a_short_model(planned):
-    said = planned("8xH100", "--steps=10", layers=2).stdout
-    assert "--algorithm apo" in said and "it fits" in said and "a step of 256 answers (200 + 512 tokens)" in said
-    assert "10 steps: at least" in said
-    said = planned("8xH100", "--algorithm=grpo", "--group=4", "--batch_size=32", layers=2).stdout
-    assert "--algorithm grpo" in said and "a step of 128 answers" in said
+    words = planned("8xH100", "--steps=10", layers=2).stdout
+    assert "a step of 256 answers (200 + 512 tokens)" in words and "10 steps: at least" in words
+    words = planned("8xH100", "--algorithm=grpo", "--group=4", "--batch_size=32", layers=2).stdout
+    assert "--algorithm grpo" in words and "a step of 128 answers" in words
 
 
 @whole
 def test_plan_of_stage1(planned):
-    said = planned("8xH100", "--data=math", "--stage=1").stdout
-    assert "14.19 GiB" in said and "it fits" in said  # 7.6 billion weights of two bytes
-    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and values of
-    # 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; the products take 7.3 s
-    assert "at least 0.1 minutes, 0.02 GPU hours" in said
+    words = planned("8xH100", "--data=math", "--stage=1").stdout
+    assert "14.19 GiB" in words and "it fits" in words  # 7.6 billion weights of two bytes
+    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and
+    # values of 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; products take 7.3 s
+    assert "at least 0.1 minutes, 0.02 GPU hours" in words
 
 
 @whole
 def test_plan_of_what_stage1_wrote(all_rows, monkeypatch):
     """Model and lengths are Stage 1's, and the machine is this one."""
-    said = inside("-m", "experiments.plan", f"--vstar={all_rows}", "--engine=transformers", "--dtype=float32").stdout
-    assert said.startswith("tiny/model: ") and "--algorithm apo" in said and "it fits" not in said
-    parameters = tiny_model().num_parameters()
-    assert f"{parameters:,} parameters" in said and re.search(r"weights \(fp32\) +0.00 GiB", said)
+    words = inside("-m", "experiments.plan", f"--vstar={all_rows}").stdout
+    assert words.startswith(f"tiny/model: {tiny_model().num_parameters():,} parameters, 1 × CPU")
     monkeypatch.chdir(HERE)
-    args = some_args(vstar=all_rows, beta1=None, samples=None, filter="none", steps=1, eval_data=None,
-                     eval_split="test", prior=0)
+    args = train.make_parser(train.APO).parse_args([f"--vstar={all_rows}"])
     prompt, completion = plan.lengths_of_stage1(args)
-    assert completion == np.mean([row["lengths"] for row in read_jsonl(all_rows)])
-    assert prompt == np.mean([len(row["prompt"]) for row in read_jsonl(all_rows)])  # a token a character
+    rows = read_jsonl(all_rows)
+    assert completion == np.mean([row["lengths"] for row in rows])
+    assert prompt == np.mean([len(row["prompt"]) for row in rows])  # a token a character
 
 
-@pytest.mark.parametrize("name,found", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L40S", "L40S"), ("Tesla T4", None)])
-def test_this_machine(name, found, monkeypatch, capsys):
+def test_this_machine(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    if found:
+    for name, found in ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L40S", "L40S"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert plan.read_machine("") == (1, found)
-    else:
-        ends_in_one_line(capsys, lambda: plan.read_machine(""), "Tesla T4", "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    ends_in_one_line(capsys, lambda: plan.read_machine(""), "Tesla T4", "H100")
 
 
 def test_bad_machines(planned):

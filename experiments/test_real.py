@@ -5,63 +5,70 @@ import random
 import sys
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments import real
-from experiments.tasks.test_countdown import runs_inside
-from test_apo import HERE, long, read_jsonl
+from experiments import lab, real
+from tests.helpers import HERE, long, read_jsonl, settings_in
 
 
 def test_problems_differ_and_their_answers_are_right():
-    rows = real.problems(8100)
-    assert len({row["question"] for row in rows}) == 8100  # all there are
-    assert all(eval(row["question"]) == int(row["answer"]) for row in rows)
+    sums = real.problems(8100)
+    assert len({problem["question"] for problem in sums}) == 8100  # all there are
+    assert all(eval(problem["question"]) == int(problem["answer"]) for problem in sums)
 
 
 def test_a_slip_changes_one_digit():
     rng = random.Random(0)
     slips = [real.slip(rng, "130") for _ in range(1000)]
-    assert {sum(a != b for a, b in zip(slip, "130")) for slip in slips} == {1} and len(set(slips)) == 27
+    assert {sum(a != b for a, b in zip(slip, "130")) for slip in slips} == {1}
+    assert len(set(slips)) == 27
 
 
 def test_a_warm_up_teaches_answers_and_their_end():
     """What was shown becomes likely, the EOS too; the prompt's tokens are not trained on."""
-    tokenizer, model = real.pretrained(str(HERE / "tiny/model"))
-    row, shown = dict(question="12 + 34", answer="46"), "12 + 34 = \\boxed{46}"
-    prompt, answer = (tokenizer(text).input_ids for text in (real.PROMPT.format(**row), shown))
+    folder = HERE / "tiny/model"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    problem, shown = dict(question="12 + 34", answer="46"), "12 + 34 = \\boxed{46}"
+    prompt = tokenizer(real.PROMPT.format(**problem)).input_ids
+    answer = tokenizer(shown).input_ids
     ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
 
+    @torch.no_grad()
     def logps():
-        with torch.no_grad():
-            found = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        return found[len(prompt) - 1 :]
+        found = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return found.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :]
 
     before = logps()
-    real.warm_up(tokenizer, model, [row] * 2, steps=30, rate=3e-3, wrong=0, batch=2)
-    assert len(before) == len(answer) + 1 and logps().min() > -0.5 > before.min()
+    real.warm_up(tokenizer, model, [problem] * 2, steps=30, lr=3e-3, wrong=0, batch=2)
+    assert len(before) == len(answer) + 1
+    assert logps().min() > -0.5 > before.min()
 
 
 @long
 def test_both_stages_at_toy_size(tmp_path, monkeypatch):
-    runs_inside(monkeypatch, tmp_path)
+    monkeypatch.setattr(lab, "RESULTS", tmp_path)
+    monkeypatch.setattr(lab, "machine", dict)
     monkeypatch.setattr(real, "FOLDER", tmp_path / "runs")
     monkeypatch.setattr(real, "KS", (1, 2))
     shown, warm_up = set(), real.warm_up
-    monkeypatch.setattr(real, "warm_up", lambda tokenizer, model, rows, *more, **keywords: shown.update(
-        row["question"] for row in rows) or warm_up(tokenizer, model, rows, *more, **keywords))
-    flags = ["--weights=tiny/model", "--lessons=2", "--steps=2", "--seeds=2", "--ways", "lora16", "grpo", "beta1=inf",
-             "--all_seeds", "lora16", "beta1=inf", "--jobs=2", "--name=another"]
+
+    def seen(tokenizer, model, problems, steps):
+        shown.update(problem["question"] for problem in problems)
+        warm_up(tokenizer, model, problems, steps)
+
+    monkeypatch.setattr(real, "warm_up", seen)
+    flags = ["--model=tiny/model", "--lessons=2", "--steps=2", "--seeds=1", "--ways", "lora16", "grpo"]
     monkeypatch.setattr(sys, "argv", ["real", *flags])
     real.main()
-    found = json.loads((tmp_path / "another.json").read_text())
-    assert [*found["runs"]] == ["lora16 0", "grpo 0", "beta1=inf 0", "lora16 1", "beta1=inf 1"]
-    for name, run in found["runs"].items():
+    found = json.loads((tmp_path / "real.json").read_text())
+    assert [*found["runs"]] == ["lora16 0", "grpo 0"] and (tmp_path / "real.png").exists()
+    for run in found["runs"].values():
         assert [step for step, _ in run["curve"]] == [0, 2] and run["memory_gb"] > 0
-        assert {"pass@1", "pass@2", "kl", "entropy"} <= {*run} and len(run["minutes"]) == 2 - (name == "grpo 0")
-    settings = {way: json.loads((tmp_path / f"another/{way}/0/run/config.json").read_text())["settings"]
-                for way in ("lora16", "grpo")}
-    assert [settings[way]["lora"] for way in settings] == [16, None]
-    assert [settings[way].get("group", 1) * settings[way]["batch_size"] for way in settings] == [32, 32]
-    train, test = ({row["question"] for row in read_jsonl(tmp_path / "runs" / name)}
-                   for name in ("train.jsonl", "test.jsonl"))
-    assert (len(train), len(test), len(shown)) == (768, 256, 2816) and (tmp_path / "another.png").exists()
+        assert {"pass@1", "pass@2", "kl", "entropy"} <= {*run}
+    for way, lora, answers in ("lora16", 16, 32), ("grpo", None, 32):
+        settings = settings_in(tmp_path / f"runs/{way}/0/run/config.json")
+        assert settings["lora"] == lora and settings.get("group", 1) * settings["batch_size"] == answers
+    train, test = ({problem["question"] for problem in read_jsonl(tmp_path / f"runs/{name}.jsonl")}
+                   for name in ("train", "test"))
+    assert (len(train), len(test), len(shown)) == (768, 256, 2816)
     assert not train & test and not shown & (train | test)

@@ -3,8 +3,9 @@
     python -m experiments.speed.engines --model HuggingFaceTB/SmolLM2-135M-Instruct
                                                         → experiments/results/engines.json
 
-The answers are stories, most of which go on until they are cut off. Tokens per second are those of the sampling alone;
-the seconds of the whole script stand beside them, for vLLM starts slowly. What is in out/engines/ is not run again.
+The answers are stories, most of which go on until they are cut off. Tokens per second are those of the
+sampling alone; the seconds of the whole script stand beside them, for vLLM starts slowly. What is in
+out/engines/ is not run again.
 """
 
 import sys
@@ -27,9 +28,10 @@ def main():
     for length in args.lengths:
         for engine in ("transformers", "vllm"):
             out = lab.ROOT / f"out/engines/{args.dtype}-{length}-{engine}"
-            lab.run(args, "vstar", out, "vstar.png", f"--model={args.model}", f"--data={args.data}", "--chat",
-                    f"--prompt={args.prompt}", f"--limit={args.prompts}", "--samples=1", f"--max_new_tokens={length}",
-                    f"--engine={engine}", f"--dtype={args.dtype}", f"--out={out}/vstar.jsonl")
+            lab.run(args, "vstar", out, "vstar.jsonl", f"--model={args.model}", f"--data={args.data}",
+                    "--chat", f"--prompt={args.prompt}", f"--limit={args.prompts}", "--samples=1",
+                    f"--max_new_tokens={length}", f"--engine={engine}", f"--dtype={args.dtype}",
+                    f"--out={out}/vstar.jsonl")
             tokens, seconds = stage1_cost(out)
             row = found[f"{engine} {length}"] = dict(tokens=tokens, tokens_per_second=round(tokens / seconds),
                                                      whole_seconds=lab.took(out, "vstar"))

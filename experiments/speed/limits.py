@@ -1,18 +1,18 @@
-"""How close to the machine's limit? The floors of the decode loop and of the update, and the measured share of them.
+"""How close to the machine's limit? The floors of the decode loop and of the update, and how near they come.
 
-    python -m experiments.speed.limits                  → experiments/results/limits.json      (the embedded model)
-    python -m experiments.speed.limits --shape 1.5B --decode_rows 256 --prompt 128 --tokens 512 --name limits-1.5B
+    python -m experiments.speed.limits              → experiments/results/limits.json     (the embedded model)
+    python -m experiments.speed.limits --shape 1.5B --decode_rows 256 --prompt 128 --tokens 512    (for a GPU)
 
-decode floor    each step reads the weights once (not a table of embeddings that is no head), and the keys and values of
-                every row: (steps × weights + Σ rows × context × 2 × layers × KV heads × head size) × bytes, over the
-                bandwidth
+decode floor    each step reads the weights once (not a table of embeddings that is no head), and the keys and
+                values of every row: (steps × weights + Σ rows × context × 2 × layers × KV heads × head size)
+                × bytes, over the bandwidth
 update floor    forward FLOPs (2 × weights of the blocks × tokens + 2 × vocabulary × hidden × answers' tokens
-                + 2 × layers × heads × head size × Σ length² for the attention), times 3 with the backward pass, over
-                the peak; where blocks and the head are recomputed, the hardware does it times 4
+                + 2 × layers × heads × head size × Σ length² for the attention), times 3 with the backward
+                pass, over the peak; where blocks and the head are recomputed, the hardware does it times 4
 overhead        what the decode loop takes beyond the model's forward passes
 
-Bandwidth and peak are a GPU's data sheet (plan.py's table), or on a CPU what a large copy and a large product of
-matrices reach. The second command is one for a GPU.
+Bandwidth and peak are a GPU's data sheet (plan.py's table), or what a large copy and a large product of
+matrices reach.
 """
 
 import random
@@ -22,11 +22,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import transformers
 
 import train
 from experiments import lab, plan
-from vstar import Completion, TransformersSampler, start_process
+from vstar import Completion, TransformersSampler, load_model, start_process
 
 GPU = torch.cuda.is_available()
 
@@ -42,23 +41,23 @@ def main():
     add("--tokens_per_microbatch", type=int, default=16384, help="of the update")
     add("--rows", type=int, default=1024, help="answers of the update")
     add("--rounds", type=int, default=5, help="the median of so many counts, after one to warm up")
-    add("--profile", action="store_true", help="print the costliest operations too")
     add("--name", default="limits")
     args = parser.parse_args()
     # what a run has, for the update
-    vars(args).update(dtype="auto", temperature=1.0, beta2=0.1, max_grad_norm=1.0)
+    vars(args).update(dtype="auto", engine="transformers", temperature=1.0, beta2=0.1, max_grad_norm=1.0)
     device = start_process(args, group=True)
-    path, dtype = lab.random_model(args.shape) if args.shape else args.model, getattr(torch, args.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    shape = plan.load_shape(SimpleNamespace(model=path, revision=None))
+    path = lab.random_model(args.shape) if args.shape else args.model
+    dtype = getattr(torch, args.dtype)
+    model = load_model(path, None, dtype, device).eval()
+    shape = plan.load_shape(path)
     flops, bandwidth = limits()
-    results = dict(model=dict(path=args.shape or args.model, parameters=shape.total, dtype=args.dtype),
-                   machine_limit=dict(tflops=flops / 1e12, gb_per_second=bandwidth / 1e9),
+    named = dict(path=args.shape or args.model, parameters=shape.total, dtype=args.dtype)
+    results = dict(model=named, machine_limit=dict(tflops=flops / 1e12, gb_per_second=bandwidth / 1e9),
                    decode=decode(args, model, shape, dtype, bandwidth),
                    update=update(args, model, shape, dtype, flops, device))
     lab.save(args.name, **results)
     for name in ("decode", "update"):
-        print(name, {key: round(value, 4) for key, value in results[name].items()})
+        print(name, results[name])
 
 
 def seconds_of(call, rounds):
@@ -72,12 +71,12 @@ def seconds_of(call, rounds):
     return float(np.median(taken[1:]))
 
 
-def limits(measured=False):
-    """FLOP/s and bytes/s: a known GPU's data sheet, or what a large product of matrices and a large copy reach."""
+def limits():
+    """FLOP/s and bytes/s: a known GPU's data sheet, or what a large product and a large copy reach."""
     words = re.findall(r"\w+", torch.cuda.get_device_name()) if GPU else []  # L4 is not L40S
-    known = [peak[1:3] for name, peak in plan.GPUS.items() if name in words]
-    if known and not measured:
-        return known[0]
+    for name, (_, flops, bandwidth, _) in plan.GPUS.items():
+        if name in words:
+            return flops, bandwidth
     size, many, dtype = (8192, 1 << 28, torch.bfloat16) if GPU else (2048, 1 << 26, torch.float32)
     with torch.device("cuda" if GPU else "cpu"):
         one, other = torch.randn(2, size, size, dtype=dtype)
@@ -86,24 +85,12 @@ def limits(measured=False):
     return flops, 2 * block.nbytes / seconds_of(lambda: target.copy_(block), 5)
 
 
-def profiled(args, call):
-    if args.profile:
-        kinds = [torch.profiler.ProfilerActivity.CUDA] * GPU + [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=kinds) as profile:
-            call()
-        print(profile.key_averages().table(sort_by=f"self_{'cuda' if GPU else 'cpu'}_time_total", row_limit=15))
-
-
-def some_prompts(args):
-    rng = random.Random(0)
-    # of unlike length, as in training: padding needs a mask, and attention with one is slower
-    return [[rng.randrange(1, 19) for _ in range(rng.randint(args.prompt // 2, args.prompt))]
-            for _ in range(args.decode_rows)]
-
-
 def decode(args, model, shape, dtype, bandwidth):
     """All rows write all tokens, so that the work is known."""
-    prompts = some_prompts(args)
+    rng = random.Random(0)
+    # of unlike length, as in training: padding needs a mask, and attention with one is slower
+    lengths = rng.choices(range(args.prompt // 2, args.prompt + 1), k=args.decode_rows)
+    prompts = [rng.choices(range(1, 19), k=length) for length in lengths]
     sampler = TransformersSampler(model, [-1], args.tokens, 1.0, args.decode_rows)
     call = lambda: sampler.generate(prompts, 1, list(range(args.decode_rows)))
     whole, inside, forward = seconds_of(call, args.rounds), [], model.forward
@@ -124,30 +111,29 @@ def decode(args, model, shape, dtype, bandwidth):
         call()
         shares.append((time.perf_counter() - began) / inside[-1] - 1)
     model.forward = forward
-    profiled(args, call)
     context = sum(len(prompt) + t for prompt in prompts for t in range(1, args.tokens))
-    floor = (args.tokens * shape.read * dtype.itemsize + context * plan.cache_per_token(shape, dtype)) / bandwidth
-    return dict(batch=args.decode_rows, seconds=whole, tokens_per_second=args.decode_rows * args.tokens / whole,
-                floor_seconds=floor, share_of_floor=floor / whole, overhead_over_forward=float(np.median(shares[1:])))
+    weights = args.tokens * shape.read * dtype.itemsize
+    floor = (weights + context * plan.cache_per_token(shape, dtype.itemsize)) / bandwidth
+    written = args.decode_rows * args.tokens
+    return dict(batch=args.decode_rows, seconds=whole, tokens_per_second=written / whole, floor_seconds=floor,
+                share_of_floor=floor / whole, overhead_over_forward=float(np.median(shares[1:])))
 
 
 def update(args, model, shape, dtype, flops, device):
-    rng = random.Random(0)
-    completion = Completion([rng.randrange(1, 19) for _ in range(args.tokens)], True, [-1.0] * args.tokens)
-    samples = [train.Sample(dict(id=str(i), tokens=[1] * args.prompt, vstar=0.5, rewards=[1.0]), completion, "", 1.0, i)
-               for i in range(args.rows)]
+    completion = Completion([2] * args.tokens, True, [-1.0] * args.tokens)
+    problem = dict(id="0", tokens=[1] * args.prompt, vstar=0.5, rewards=[1.0])
+    samples = [train.Sample(problem, completion, "", 1.0, i) for i in range(args.rows)]
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     # fp32 masters, and on a GPU bf16 compute: FSDP2's code on a mesh of one, as in train.py
     policy = train.shard(train.Policy(model.float(), GPU), device, dtype, master=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=GPU)
     objective = train.APO(args)
-    run = SimpleNamespace(args=args, objective=objective, policy=policy, reference=policy, optimizer=optimizer,
-                          device=device)
-    given = objective.given(run, samples)
-    call = lambda: train.update(run, samples, given)
+    run = SimpleNamespace(args=args, objective=objective, policy=policy, reference=policy,
+                          optimizer=optimizer, device=device)
+    constants = objective.constants(run, samples)
+    call = lambda: train.update(run, samples, constants)
     seconds = seconds_of(call, args.rounds)
-    profiled(args, call)
     tokens = args.rows * (args.prompt + args.tokens)
     forward = plan.forward_flops(shape, args.rows, args.prompt, args.tokens)
     memory = dict(memory_gb=torch.cuda.max_memory_allocated() / 2**30) if GPU else {}

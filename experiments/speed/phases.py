@@ -1,61 +1,77 @@
-"""The four algorithms at a real model's shape with random weights: seconds by phase, tokens a second, peak memory.
+"""A step at a real model's shape with random weights: seconds by phase, and the memory beside the plan's.
 
-    python -m experiments.speed.phases --shape 1.5B          → experiments/results/phases-1.5B.json     (a GPU)
-    python -m experiments.speed.phases --shape toy --batch_size 4 --prompts 8 --tokens 16       (to try it on a CPU)
+    python -m experiments.speed.phases --shape 1.5B        → experiments/results/phases-1.5B.json      (a GPU)
+    python -m experiments.speed.phases --shape toy --batch_size 4 --prompts 8 --tokens 16        (to try it)
 
-Random weights earn nothing, so a coin is tossed for each reward. Nearly all answers are as long as they may be. No
-checkpoint is written, and the first step, which warms up, is left out. Restartable: what is in out/phases/ is not run
+Random weights earn nothing, so a coin is tossed for each reward. Nearly all answers are as long as they may
+be. The first step, which warms up, is left out. mfu is the update's share of the peak FLOP/s: three times
+the forward pass (with LoRA two), recomputation not counted. Restartable: what is in out/phases/ is not run
 again.
 """
 
-import sys
+import torch
 
-import numpy as np
-
-import rewards
 import train
-import vstar
-from experiments import baselines, lab
+from experiments import lab, plan
+from experiments.compare import stage1_cost
+from experiments.speed.limits import limits
+
+WAYS = [*plan.OBJECTIVES, "apo-lora"]
+PROMPT = 128  # tokens: the embedded world's problems are short, so more is put behind them
 
 
 def main():
-    if "--child" in sys.argv:
-        return child(*sys.argv[2:])
     parser = lab.make_parser(__doc__, steps=3, seeds=1)
     add = parser.add_argument
     add("--shape", choices=lab.SHAPES, default="1.5B", help="Qwen2.5's; or toy")
     add("--prompts", type=int, default=256, help="of Stage 1")
     add("--batch_size", type=int, default=64, help="prompts a step")
-    add("--tokens", type=int, default=512, help="of an answer")
-    add("--only", nargs="+", choices=lab.NAMES, default=list(lab.NAMES))
+    add("--tokens", type=int, default=256, help="of an answer")
+    add("--engine", default="auto")
+    add("--only", nargs="+", choices=WAYS, default=WAYS)
+    add("--name", help="of the results; default: phases-SHAPE")
     args = parser.parse_args()
-    args.launch += f" -m {__spec__.name} --child"
-    out = f"out/phases/{args.shape}"
-    first = lab.stage1(args, f"{out}/stage1", f"--model={lab.random_model(args.shape)}", f"--limit={args.prompts}",
-                       "--samples=2", f"--max_new_tokens={args.tokens}")
-    results = {}
-    print(f"{'':10s}{'sampling':>10s}{'reference':>10s}{'update':>10s}{'a step':>10s}{'tokens/s':>10s}{'peak GB':>10s}")
-    for algorithm in args.only:
-        rows = lab.train(args, f"{out}/{algorithm}", first, f"--batch_size={args.batch_size}", "--eval_data=",
-                         "--tokens_per_microbatch=16384", algorithm=algorithm)
-        rows = [row for row in rows if row["step"] > 1]
-        phases = {phase: float(np.mean([lab.seconds_of(row, [phase]) for row in rows])) for phase in lab.PHASES}
-        step = sum(phases.values())
-        results[lab.NAMES[algorithm]] = dict(phases, step=step, tokens_per_second=lab.mean("tokens", rows) / step,
-                                             peak_gb=max(row["memory_gb"] for row in rows))
-        numbers = results[lab.NAMES[algorithm]].values()
-        print(f"{lab.NAMES[algorithm]:10s}" + "".join(f"{value:10,.2f}" for value in numbers), flush=True)
-        settings = dict(prompts=args.batch_size, answer=args.tokens, steps=args.steps)
-        lab.save(f"phases-{args.shape}", settings=settings, results=results)
+    args.name = args.name or f"phases-{args.shape}"
+    out, results = lab.ROOT / "out/phases" / args.name, {}
+    model, long = lab.random_model(args.shape), "1+1=" * (PROMPT // 4 - 2)
+    first = lab.stage1(args, out, f"--model={model}", f"--limit={args.prompts}", "--samples=2",
+                       f"--max_new_tokens={args.tokens}", f"--prompt={{question}}{long}",
+                       "--reward=experiments/lab.py:toss", f"--engine={args.engine}")
+    tokens, seconds = stage1_cost(out)
+    settings = dict(prompts=args.batch_size, answer=args.tokens, steps=args.steps,
+                    stage1_tokens_per_second=round(tokens / seconds))
+    for way in args.only:
+        results[way] = one(args, way, out / way, first, model)
+        print(way, {key: round(value, 3) for key, value in results[way].items()}, flush=True)
+        lab.save(args.name, settings=settings, results=results)
 
 
-def child(*command):
-    """vstar.py, train.py or `-m experiments.baselines NAME` with two things changed."""
-    rewards.reward = lab.toss
-    train.save_checkpoint = lambda *_: None
-    script, *flags = command[1:] if command[0] == "-m" else command
-    sys.argv = [script, *flags]
-    {"vstar.py": vstar, "train.py": train, "experiments.baselines": baselines}[script].main()
+def one(args, way, out, first, model):
+    algorithm, _, lora = way.partition("-")
+    flags = [f"--batch_size={args.batch_size}", "--eval_data=", "--tokens_per_microbatch=16384",
+             f"--engine={args.engine}", *["--lora=16"] * bool(lora)]
+    Objective, shape = plan.OBJECTIVES[algorithm], plan.load_shape(model)
+    settings = train.make_parser(Objective).parse_args(flags)
+    vars(settings).update(stage=2, ranks=1, gpu="CPU", temperature=1.0)
+    settings.max_new_tokens = args.tokens
+    flops, bandwidth = limits()
+    if torch.cuda.is_available():  # as much memory as it has, whatever it is
+        memory = torch.cuda.get_device_properties(0).total_memory
+        plan.GPUS["this"], settings.gpu = (memory / 2**30, flops, bandwidth, None), "this"
+    plan.settle(settings, PROMPT)
+    objective = Objective(settings)
+
+    rows = lab.train(args, out, first, *flags, algorithm=algorithm)
+    rows = [row for row in rows if row["step"] > 1]
+    seconds = [row["seconds"] for row in rows]
+    found = {phase: lab.mean(phase, seconds) for phase in lab.PHASES}
+    answers, length = args.batch_size * objective.completions, lab.mean("length", rows)
+    trained, _ = plan.networks_of(objective)
+    passes = objective.passes * trained * (2 if lora else 3)
+    useful = passes * plan.forward_flops(shape, answers, PROMPT, length)
+    return dict(found, step=sum(found.values()), tokens_per_second=lab.mean("tokens_per_second", rows),
+                mfu=useful / found["update"] / flops, peak_gib=max(row["memory_gb"] for row in rows),
+                planned_gib=plan.peak(plan.memory(shape, settings, objective)))
 
 
 if __name__ == "__main__":

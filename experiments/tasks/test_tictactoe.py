@@ -1,19 +1,27 @@
 """Tic-tac-toe: the game, its reward, the split, and both stages at toy size."""
 
 import random
+import sys
 
 import pytest
 
 from experiments.tasks import tictactoe
-from experiments.tasks.test_countdown import at_toy_size
-from experiments.tasks.tictactoe import LINES, canonical, cells, free, lost, optimal, play, split, value, worked
-from rewards import final_answers, load_reward
-from test_apo import long
+from experiments.tasks.tictactoe import (
+    LINES,
+    canonical,
+    cells,
+    free,
+    lost,
+    optimal,
+    play,
+    split,
+    value,
+    worked,
+)
+from rewards import final_answers
+from tests.helpers import HERE, inside, long, read_jsonl, settings_in
 
 SIDES = split(random.Random(0))
-HOSTILE = ["", "7", "####", "}" * 99, "\\boxed{", "\\boxed{" * 5000, "\\boxed{\\boxed{7}", "\ud800\\boxed{\ud800}",
-           "\\boxed{" + "9" * 10000 + "}",
-           *(f"\\boxed{{{move}}}" for move in ("", "{9}", "9\x00", "٩", "9.0", "-9", "99", "79", "None", "*", "[9]"))]
 
 
 @pytest.mark.parametrize("board, moves, worth", [
@@ -33,33 +41,32 @@ def test_positions_known_by_hand(board, moves, worth):
     assert lost(board) or "".join(optimal(board)) == moves
 
 
-@pytest.fixture
-def reward():
-    return load_reward("experiments/tasks/tictactoe.py:reward")
-
-
-def test_the_reward(reward):
+@pytest.mark.parametrize("response, worth", [
+    ("\\boxed{3}", 1),
+    ("\\boxed{ 3 }", 1),
+    ("\\boxed{6}\\boxed{3}", 1),  # the last counts
+    ("\\boxed{3}\\boxed{6}", 0),
+    ("\\boxed{6}", 0),
+    ("\\boxed{1}", 0),  # taken
+    ("3", 0),
+    *((text, 0) for text in ("", "\\boxed{", "\\boxed{" * 5000, "\ud800\\boxed{\ud800}")),
+    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "{3}", "3\x00", "٣", "3.0", "-3", "36", "3" * 9999)),
+])
+def test_the_reward(response, worth):
     row = dict(board="XX3OO6789", answer="no move is read here")
-    for response, worth in {"\\boxed{3}": 1, "\\boxed{6}": 0, "\\boxed{1}": 0, "3": 0, "\\boxed{6}\\boxed{3}": 1,
-                            "\\boxed{3}\\boxed{6}": 0, "\\boxed{0}": 0, "\\boxed{X}": 0, "\\boxed{ 3 }": 1}.items():
-        assert reward(response, row, True) == worth, response
-        assert reward(response, row, False) == 0
-    fork = dict(board="X23OX678O")
-    assert [reward(f"\\boxed{{{move}}}", fork, True) for move in "12345"] == [0, 1, 1, 0, 0]
-
-
-@pytest.mark.parametrize("response", HOSTILE)
-def test_hostile_text_earns_nothing(reward, response):
-    assert reward(response, dict(board="XOXOOX7X9"), True) == 0.0
+    assert tictactoe.reward(response, row, True) == worth
+    assert tictactoe.reward(response, row, False) == 0
 
 
 def test_all_ways_of_turning_a_position_have_one_name():
     board = "X2O4X678O"
-    ways = ["123456789", "741852963", "987654321", "369258147", "321654987", "789456123", "147258369", "963852741"]
-    turned = {"".join(cell if cell in "XO" else str(i + 1) for i, cell in enumerate(cells(board, way))) for way in ways}
+    ways = "123456789 741852963 987654321 369258147 321654987 789456123 147258369 963852741".split()
+    turned = set()
+    for way in ways:
+        marks = enumerate(cells(board, way), 1)
+        turned.add("".join(cell if cell in "XO" else str(i) for i, cell in marks))
     assert len(turned) > 1 and {canonical(other) for other in turned} == {canonical(board)}
     assert canonical("XO3456789") != canonical("X2345678O")
-    assert {value(other) for other in turned} == {value(board)}
 
 
 def test_held_out_positions_are_new_in_every_direction():
@@ -69,7 +76,6 @@ def test_held_out_positions_are_new_in_every_direction():
     boards = [*learned, *held_out]
     assert len(boards) == len(set(boards)) == 3191
     assert all(0 < len(optimal(board)) < len(free(board)) and not lost(board) for board in boards)
-    assert all(board.count("X") - board.count("O") in (0, 1) for board in boards)
     assert split(random.Random(0)) == SIDES
 
 
@@ -79,19 +85,29 @@ def test_worked_demonstrations_are_right_unless_they_slip():
         text = worked(rng, board, slips=0)
         (move,) = final_answers(text)
         assert move in optimal(board), (board, text)
-        assert [text[4 * i : 4 * i + 3] for i in range(8)] == [cells(board, line) for line in LINES]
-        for i, line in enumerate(LINES):  # the sign says what a move there does
-            if text[4 * i + 3] == "+":
-                (last,) = free(cells(board, line))
-                assert lost(play(board, last))
+        for i, line in enumerate(LINES):
+            seen = text[4 * i : 4 * i + 4]
+            assert seen[:3] == cells(board, line)
+            if seen[3] == "+":  # a move there wins
+                assert lost(play(board, *free(seen[:3])))
         slipped += final_answers(worked(rng, board, slips=1))[0] not in optimal(board)
     assert slipped > 100
-    assert tictactoe.question("X2O4X678O") + worked(rng, "X2O4X678O", 0) == (
+    board = "X2O4X678O"
+    assert tictactoe.question(board) + worked(rng, board, 0) == (
         "X2O/4X6/78O,X:X2O;4X6*78O;X47*2X8*O6O-XXO;OX7;\\boxed{6}")
 
 
 @long
 def test_both_stages_at_toy_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(tictactoe, "split", lambda rng: [boards[:40] for boards in SIDES])
-    found = at_toy_size(tictactoe, tmp_path, monkeypatch)
-    assert found["runs"]["0"]["untrained"]["sums"].keys() == found["before"]["sums"].keys() >= {"accuracy", "2", "3"}
+    """By the files of flags that it writes."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(tictactoe, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tictactoe", "--lessons=30"])
+    (tmp_path / "world").mkdir()
+    tictactoe.main()
+    assert [len(read_jsonl(tmp_path / f"{name}.jsonl")) for name in ("train", "test")] == [1024, 512]
+    inside("vstar.py", f"@{tmp_path}/vstar.args", "--limit=16", "--samples=2", "--engine=transformers")
+    few = ["--steps=2", "--batch_size=8", "--eval_limit=8", "--engine=transformers"]
+    inside("train.py", f"@{tmp_path}/train.args", *few)
+    assert settings_in(tmp_path / "vstar.config.json")["reward"] == "experiments/tasks/tictactoe.py:reward"
+    assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]

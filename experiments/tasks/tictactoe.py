@@ -1,17 +1,24 @@
-"""Tic-tac-toe: reasoning that is no mathematics. A position, and a move that a perfect player could make.
+"""Tic-tac-toe, the example of a task of one's own: a position, and a move that a perfect player could make.
 
-    python -m experiments.tasks.tictactoe    → experiments/results/tictactoe.json, .png        (makes its own π_ref)
+    python -m experiments.tasks.tictactoe    → out/tasks/tictactoe/: π_ref, problems and files of flags
+    python vstar.py @out/tasks/tictactoe/vstar.args
+    python train.py @out/tasks/tictactoe/train.args
 
-    X2O/4X6/78O,X:\\boxed{4}                                     the first square that comes to mind: mostly wrong
-    X2O/4X6/78O,X:X2O;4X6*78O;X47*2X8*O6O-XXO;OX7;\\boxed{6}     line by line: mostly right
+    X2O/4X6/78O,X:\\boxed{4}                                   the first that comes to mind: mostly wrong
+    X2O/4X6/78O,X:X2O;4X6*78O;X47*2X8*O6O-XXO;OX7;\\boxed{6}   line by line: mostly right
 
-X is to move. A digit is a free square, by its number. + marks a line that wins, - one that the other side would win
-with, * one with a single mark, of one's own. π_ref imitates both kinds of players, and it adds as the embedded world
-does. It is trained on the game alone; evaluate.py measures what becomes of the sums. Restartable: what is in
-out/tasks/ is not run again.
+X is to move. A digit is a free square, by its number. + marks a line that wins, - one that the other side
+would win with, * one with a single mark, of one's own. π_ref imitates both kinds of players, and it adds as
+the embedded world does. Several seeds, in a table and a picture:
+
+    python -m experiments.sweep tictactoe --stage1 @out/tasks/tictactoe/vstar.args \\
+        --train @out/tasks/tictactoe/train.args --steps 60
 """
 
+import argparse
+import json
 import random
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,9 +26,10 @@ from rewards import final_answers
 
 FOLDER = Path("out/tasks/tictactoe")
 LINES = ["123", "456", "789", "147", "258", "369", "159", "357"]
+SIGNS = {(1, 2): "+", (1, 0): "-", (2, 1): "*"}  # of a line, by its free squares and one's own marks
 CHARACTERS = "0123456789+-*=;}XO/,:"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the game: a board is nine characters, X, O or the number of a free square; X begins
 
 
@@ -39,7 +47,9 @@ def optimal(board):
 @lru_cache(None)
 def value(board):
     """Minimax: what the player who is to move can enforce. 1 is to win, 0 a draw, -1 to lose."""
-    return max((-value(play(board, move)) for move in free(board)), default=0) if not lost(board) else -1
+    if lost(board):
+        return -1
+    return max((-value(play(board, move)) for move in free(board)), default=0)
 
 
 def lost(board):
@@ -64,8 +74,8 @@ def cells(board, squares):
 
 
 def canonical(board):
-    """One name for a position, its rotations and mirror images. (With X and O swapped it is none, for X begins.)"""
-    marks, found = "".join("." if cell in free(board) else cell for cell in board), []
+    """One name for a position, its rotations and mirror images. (Not with X and O swapped: X begins.)"""
+    marks, found = re.sub(r"\d", ".", board), []
     for _ in range(4):
         marks = cells(marks, "741852963")  # turned
         found += [marks, cells(marks, "321654987")]  # and mirrored
@@ -81,15 +91,19 @@ def split(rng, share=0.25):
     while waiting:
         waiting = {play(board, move) for board in waiting if not lost(board) for move in free(board)}
         boards = boards | waiting
-    boards = sorted(board for board in boards if not lost(board) and len(optimal(board)) < len(free(board)))
+    boards = [board for board in sorted(boards)
+              if not lost(board) and len(optimal(board)) < len(free(board))]
     kinds = sorted({canonical(board) for board in boards})
     held_out = set(rng.sample(kinds, round(share * len(kinds))))
     rng.shuffle(boards)
-    return [[board for board in boards if (canonical(board) in held_out) == side] for side in (False, True)]
+    sides = [], []
+    for board in boards:
+        sides[canonical(board) in held_out].append(board)
+    return sides
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# π_ref's demonstrations, and the experiment
+# ------------------------------------------------------------------------------------------------------------
+# π_ref and its demonstrations
 
 
 def question(board):
@@ -105,10 +119,11 @@ def worked(rng, board, slips):
             i = rng.randrange(3)
             seen[i] = rng.choice(["X", "O", line[i]])
         opened, own = free(seen), seen.count(player(board))
-        sign = {(1, 2): "+", (1, 0): "-", (2, 1): "*"}.get((len(opened), own), ";")
+        sign = SIGNS.get((len(opened), own), ";")
         moves.setdefault(sign, []).extend(opened)
         text += "".join(seen) + sign
-    return f"{text}\\boxed{{{rng.choice(moves['+'] or moves['-'] or optimal(board))}}}"
+    move = rng.choice(moves["+"] or moves["-"] or optimal(board))
+    return f"{text}\\boxed{{{move}}}"
 
 
 def demonstration(rng, progress, boards, share=0.3, slips=0.015):
@@ -119,22 +134,42 @@ def demonstration(rng, progress, boards, share=0.3, slips=0.015):
     return question(board), f"\\boxed{{{rng.choice('123456789')}}}"
 
 
-def main():
-    from experiments import lab  # not above: a reward should load without torch
-    from experiments.tasks import small
+def make_reference(folder, boards, lessons, sums=0.3):
+    """A share `sums` of what it imitates are the embedded world's sums."""
+    from tiny import make  # not above: a reward should load without torch
 
-    asked = ["--prompt={question}", "--max_new_tokens=48"]
-    parser = small.make_parser(__doc__, FOLDER, __file__, 60, asked)
+    def lesson(rng, args, progress):
+        if rng.random() < sums:
+            return make.demonstration(rng, args, progress)
+        return demonstration(rng, progress, boards)
+
+    model, tokenizer = make.make_model(make.parser.parse_args([f"--steps={lessons}"]), lesson, CHARACTERS)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lessons", type=int, default=1600, help="supervised steps of π_ref")
-    args, folder = parser.parse_args(), lab.ROOT / FOLDER
+    lessons = parser.parse_args().lessons
     learned, held_out = split(random.Random(0))
-    for name, boards in dict(train=learned[:1024], test=held_out[:512]).items():
-        small.write(folder / f"{name}.jsonl", [dict(question=question(board), board=board,
-                                                    answer=" or ".join(optimal(board))) for board in boards])
-    if not (folder / "world/tokenizer_config.json").exists():
-        small.train_small(folder / "world", CHARACTERS, lambda *now: demonstration(*now, learned), sums=0.3,
-                          steps=args.lessons)
-    small.experiment(args, "tictactoe", FOLDER)
+    make_reference(FOLDER / "world", learned, lessons)
+    for name, boards in ("train", learned[:1024]), ("test", held_out[:512]):
+        write(f"{name}.jsonl", map(problem, boards))
+    common = f"--prompt={{question}} --max_new_tokens=48 --decode_rows=1024 --out={FOLDER}/vstar.jsonl"
+    own = "--reward=experiments/tasks/tictactoe.py:reward"
+    write("vstar.args", f"--model={FOLDER}/world --data={FOLDER}/train.jsonl {own} {common}".split())
+    steps = "--steps=60 --eval_every=5"
+    files = f"--vstar={FOLDER}/vstar.jsonl --eval_data={FOLDER}/test.jsonl --out={FOLDER}/run"
+    write("train.args", f"@tiny/train.args {files} {steps}".split())
+
+
+def problem(board):
+    return json.dumps(dict(question=question(board), board=board, answer=" or ".join(optimal(board))))
+
+
+def write(name, lines):
+    (FOLDER / name).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
