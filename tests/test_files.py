@@ -197,7 +197,7 @@ def test_a_stage1_of_an_earlier_version_is_refused(tmp_path, capsys):
     (tmp_path / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=8)))
     ends_in_one_line(capsys, lambda: train.read_stage1(args), "v.jsonl: no rows in it", "--overwrite")
     args.temperature = 0
-    ends_in_one_line(capsys, lambda: train.settle(args, {}, 8, []), "greedy completions have no log-probability")
+    ends_in_one_line(capsys, lambda: train.settle(args, {}, 8, []), "greedy completions")
 
 
 # ---------------------------------------------------------------------------------------------------------

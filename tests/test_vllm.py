@@ -5,7 +5,6 @@ import os
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ from test_apo import naive_logps
 from tests.helpers import (
     HERE,
     TINY,
-    adapted,
     long,
     metrics,
     read_jsonl,
@@ -108,20 +106,6 @@ def test_vllm_takes_new_weights(engine):
     engine.push(tiny_model().state_dict().items())
 
 
-def test_vllm_takes_merged_layers(engine):
-    policy, prompt = adapted(tiny_model()), engine.prompts[0]
-    engine.push(policy.full_weights())
-    ((copy,),) = engine.sampler.generate([prompt], 1, [0])
-    ids = torch.tensor([prompt + copy.tokens])
-    mask = torch.arange(ids.shape[1])[None] >= len(prompt)
-    with torch.no_grad():
-        both = (model(input_ids=ids, completion_mask=mask) for model in (policy, policy.unadapted))
-        new, old = (logps[0, len(prompt) - 1 :] for logps in both)
-    assert (new - torch.tensor(copy.logps)).abs().max() < 1e-4
-    assert (new - old).abs().max() > 1e-2
-    engine.push(tiny_model().state_dict().items())
-
-
 def test_vllm_is_asked_for_fp32_with_lora(engine, monkeypatch):
     """In bf16 an addition that is smaller than half the distance to the next number would be gone."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -132,16 +116,6 @@ def test_vllm_is_asked_for_fp32_with_lora(engine, monkeypatch):
         args = SimpleNamespace(dtype="bfloat16", lora=lora, **sizes)
         vstar.VLLMSampler(args, [0], 128, training=True)
     assert asked == ["float32", "bfloat16"]
-
-
-def test_vllm_stage1(engine, all_rows, tmp_path):
-    """Without a word of vLLM's; the accuracy is transformers', on the same prompts."""
-    flags = [*TINY[:-1], "--limit=256", "--samples=4", "--decode_rows=128", "--engine=vllm"]
-    errors = run("vstar.py", *flags, f"--out={tmp_path}/v.jsonl").stderr
-    assert not any(word in errors for word in ("Warning", "Triton", "NUMA", "Loading")), errors
-    shares = lambda path: np.array([np.mean(row["rewards"]) for row in read_jsonl(path)[:256]])
-    difference = shares(tmp_path / "v.jsonl") - shares(all_rows)
-    assert abs(difference.mean()) < 4 * difference.std() / 16
 
 
 @pytest.mark.parametrize("arrive,words", [(0, "does not take the policy's weights"),
