@@ -2,17 +2,15 @@
 
 The task is addition. The model has seen two kinds of demonstrations:
 
-    482+795=\\boxed{1277}                              the answer at once: for so small a model nearly always
-    wrong 482+795=2+5=7;8+9=17;4+7+1=12;\\boxed{1277}        worked digit by digit from the right: mostly
-    right
+    482+795=\\boxed{1277}                           at once: for so small a model nearly always wrong
+    482+795=2+5=7;8+9=17;4+7+1=12;\\boxed{1277}     worked digit by digit from the right: mostly right
 
 and imitates both. Reinforcement learning can find out that writing the steps pays (accuracy and length rise
 together), and then that the demonstrations' slips do not. Long sums were rarely worked, so some prompts are
 never solved.
 
-    python tiny/make.py                                             the files beside this one, < 2 minutes on
-    2 cores python tiny/make.py --digits 3 4 5 6 --hidden 256 --layers 4 --steps 20000 --out harder          
-      another world
+    python tiny/make.py                                    the files beside this one, < 2 minutes on 2 cores
+    python tiny/make.py --digits 3 4 5 6 --hidden 256 --layers 4 --steps 20000 --out harder    another world
 
 `--operators + -` adds subtraction: 482-295=12-5=7;17-9=8;3-2=1;\\boxed{187}.
 """
@@ -32,8 +30,8 @@ parser.add_argument("--digits", type=int, nargs="+", default=[2, 3, 4], help="ho
 parser.add_argument("--operators", nargs="+", choices=["+", "-"], default=["+"])
 parser.add_argument("--worked", type=float, nargs=2, default=[0.65, 0.25],
                     help="the share of worked demonstrations, for the shortest and the longest sums")
-parser.add_argument("--slips", type=float,
-                    default=0.04, help="the share of wrong digits in worked demonstrations")
+parser.add_argument("--slips", type=float, default=0.04,
+                    help="the share of wrong digits in worked demonstrations")
 parser.add_argument("--train", type=int, default=1024, help="problems to train on")
 parser.add_argument("--test", type=int, default=512, help="problems to test on, none of them among the first")
 parser.add_argument("--hidden", type=int, default=96)
@@ -43,22 +41,22 @@ parser.add_argument("--batch", type=int, default=32, help="demonstrations a step
 parser.add_argument("--lr", type=float, default=2e-3)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--out", type=Path,
-                    default=Path("tiny"), help="the folder; the recipes name it, so run from above")
+parser.add_argument("--out", type=Path, default=Path("tiny"),
+                    help="the folder; the recipes name it, so run from above")
 
 
 def problem(rng, args):
     length = rng.choice(args.digits)
-    a, b = (rng.randint(10 ** (length - 1), 10**length - 1)
-            for _ in range(2))
+    smallest = 10 ** (length - 1)
+    a, b = (rng.randint(smallest, 10 * smallest - 1) for _ in range(2))
     operator = rng.choice(args.operators) if len(args.operators) > 1 else args.operators[0]
-    return (a, operator, b) if operator == "+" else (max(a, b),
-                                                     operator, min(a, b))
+    if operator == "-":
+        a, b = max(a, b), min(a, b)
+    return a, operator, b
 
 
 def worked(rng, a, operator, b, slips):
-    """482+795= → 2+5=7;8+9=17;4+7+1=12;\\boxed{1277}, with a slip here and there that the rest then builds
-    on."""
+    """482+795= → 2+5=7;8+9=17;4+7+1=12;\\boxed{1277}, with slips here and there that the rest builds on."""
     steps, carry, result = [], 0, ""
     for x, y in zip(reversed(str(a)), reversed(str(b))):
         if operator == "-":
@@ -84,22 +82,22 @@ def solution(a, operator, b):
 
 
 def demonstration(rng, args, progress):
-    """Prompt and answer. The first half of the lessons is all worked, or the small model would never learn
-    to carry."""
+    """Prompt and answer. The first half of the lessons is all worked, or it would not learn to carry."""
     a, operator, b = problem(rng, args)
     short, long = min(args.digits), max(args.digits)
     share = args.worked[0] + (args.worked[1] - args.worked[0]) * (len(str(a)) - short) / max(1, long - short)
     worked_out = progress < 0.5 or rng.random() < share
-    answer = worked(rng, a, operator,
-                    b, args.slips) if worked_out else f"\\boxed{{{solution(a, operator, b)}}}"
+    answer = f"\\boxed{{{solution(a, operator, b)}}}"
+    if worked_out:
+        answer = worked(rng, a, operator, b, args.slips)
     return f"{a}{operator}{b}=", answer
 
 
 def make_tokenizer(characters="0123456789+-*=;}"):
     """One token a character, and one for \\boxed{. <eos> also pads, as in many real tokenizers."""
     vocabulary = ["<eos>", "<unk>", *characters]
-    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(vocabulary)},
-                               merges=[], eos_token="<eos>",
+    numbered = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Qwen2Tokenizer(vocab=numbered, merges=[], eos_token="<eos>",
                                pad_token="<eos>", unk_token="<unk>")
     tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False)])
     return tokenizer
@@ -110,17 +108,17 @@ def make_model(args, demonstration=demonstration, *characters):
     torch.manual_seed(args.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 32,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 32,
         # short texts
         max_position_embeddings=512, rope_parameters=dict(rope_type="default", rope_theta=100.0),
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(),
-                                  lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    adam = dict(lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), **adam)
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1,
-                                        (step + 1) / 50) * (1 - step / args.steps)
+            group["lr"] = args.lr * min(1, (step + 1) / 50) * (1 - step / args.steps)
         pairs = [demonstration(rng, args, step / args.steps) for _ in range(args.batch)]
         prompts, answers = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs))
         width = max(len(p) + len(a) for p, a in zip(prompts, answers)) + 1
@@ -140,10 +138,10 @@ def make_model(args, demonstration=demonstration, *characters):
 
 
 def write_problems(path, pairs):
-    rows = [dict(id=f"{path.stem}/{i:05d}", question=f"{a}{operator}{b}=",
-                 answer=str(solution(a, operator, b)))
-            for i, (a, operator, b) in enumerate(pairs)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(path, "w") as file:
+        for i, (a, operator, b) in enumerate(pairs):
+            row = dict(id=f"{path.stem}/{i:05d}", question=f"{a}{operator}{b}=")
+            print(json.dumps(dict(row, answer=str(solution(a, operator, b)))), file=file)
 
 
 def main():
@@ -165,8 +163,8 @@ def main():
     flags = f"--max_new_tokens={longest} --prompt={{question}} --decode_rows=1024"
     recipes = {"vstar": f"--data={args.out}/train.jsonl {flags}"}
     for name, flags in recipes.items():
-        (args.out / f"{name}.args").write_text(f"--model={args.out}/model\n" + flags.replace(" --",
-                                                                                             "\n--") + "\n")
+        lines = f"--model={args.out}/model {flags}".replace(" --", "\n--")
+        (args.out / f"{name}.args").write_text(f"{lines}\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters → {args.out}")
 
 
