@@ -594,6 +594,7 @@ def test_the_saved_precision_is_the_wider_one(tmp_path):
         train.save_model(SimpleNamespace(policy=policy, args=args, tokenizer=tiny_tokenizer()))
         saved = transformers.AutoModelForCausalLM.from_pretrained(args.out / "model", dtype="auto")
         assert saved.dtype == getattr(torch, dtype)
+        assert {name for name, _ in policy.full_weights()} == {*saved.state_dict()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -784,6 +785,7 @@ def test_answers_are_kept_for_another_n(undisturbed, tmp_path):
     inside(*stage1(tmp_path / "three.jsonl", "--samples=3"))
     assert out.read_bytes() == (tmp_path / "three.jsonl").read_bytes()
     for row in read_jsonl(out):  # each answer with its own reward: the old ones first
+        assert row["vstar"] == pytest.approx(estimate_vstar(row["rewards"], 0.5))
         graded = zip(row["responses"], row["rewards"], row["finished"])
         assert all(reward == rewards.reward(text, row["answer"], finished)
                    for text, reward, finished in graded)
