@@ -34,8 +34,8 @@ pytestmark = whole
 @pytest.fixture(scope="module")
 def engine():
     """vLLM's sampler, the prompts of 128 problems, and `push`: gives it other weights."""
-    vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
-    if vllm.platforms.current_platform.is_unspecified():
+    platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
+    if platforms.current_platform.is_unspecified():
         pytest.skip("there is no GPU, and this is not vLLM's CPU build")
     args = SimpleNamespace(model=str(HERE / "tiny/model"),
                            revision=None, dtype="float32", seed=0, gpu_memory=0.3,
