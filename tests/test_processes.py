@@ -45,14 +45,14 @@ def test_two_processes_write_stage1_and_an_evaluation_like_one(undisturbed, tmp_
 @long
 @pytest.mark.parametrize("more", [[], ["--lora=4", "--lr=3e-3"]])
 def test_checkpoints_between_one_two_and_four_ranks(more, trained, all_rows, tmp_path):
-    """A run of one process goes on on four, on two, and on one again."""
+    """A run of two processes goes on on four, and then on one."""
     one = trained[0]
     if more:
         one = tmp_path / "one"
         inside(*stage2(all_rows, one, *more))
-    for count, steps in zip((2, 4, 1, 2), (1, 2, 4, 6)):
+    for count, steps in ((2, 1), (4, 2), (1, 4)):
         torchrun(count, *stage2(all_rows, tmp_path / "run", *more, f"--steps={steps}"))
-    close(metrics(tmp_path / "run")[2:], metrics(one)[2:])
+    close(metrics(tmp_path / "run")[2:], metrics(one)[2:5])
 
 
 def nodes(count, each, *command):

@@ -136,24 +136,18 @@ def test_vllm_with_old_weights_is_noticed(engine, all_rows, tmp_path, arrive, wo
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_vllm_trains_like_transformers(engine, all_rows, tmp_path, ranks):
     """After each update the engine samples from the new weights, or `mismatch` would say so."""
-    more = ["--steps=10", "--batch_size=128",
-            "--eval_limit=256", "--eval_every=10", "--warmup=3", "--save_every=99"]
-    more += ["--decode_rows=512", "--tokens_per_microbatch=16384"]
+    more = ["--steps=6", "--batch_size=64", "--decode_rows=512", "--tokens_per_microbatch=16384"]
+    more += ["--eval_limit=128", "--eval_every=6", "--save_every=99"]
     torchrun(ranks, *stage2(all_rows, tmp_path / "v", *more, "--engine=vllm"))
     rows = metrics(tmp_path / "v")
     assert all(0 < row["mismatch"] < 1e-4 for row in rows[1:])
     assert all(row["reference_mismatch"] > 10 * row["mismatch"] for row in rows[2:])
     assert rows[-1]["log_ratio_abs"] > 0.1  # so old weights would be off by far more than that
-    if ranks == 1:
-        torchrun(ranks, *stage2(all_rows, tmp_path / "t", *more))
-        theirs = metrics(tmp_path / "t")[-1]["accuracy"]
-        assert abs(rows[-1]["accuracy"] - theirs) < 0.12  # 256 problems: 3 standard errors
-        # the finished model loads in vLLM as it is
-        model = ["evaluate.py", f"--model={tmp_path}/v/model", "--data=tiny/test.jsonl",
-                 "--limit=256", *TINY[2:-1]]
-        run(*model, "--engine=vllm", f"--out={tmp_path}/e")
+    if ranks == 1:  # the final model loads in vLLM as it is
+        model = ["evaluate.py", f"--model={tmp_path}/v/model", "--data=tiny/test.jsonl", "--limit=128"]
+        run(*model, *TINY[2:-1], "--engine=vllm", f"--out={tmp_path}/e")
         (again,) = json.loads((tmp_path / "e/results.json").read_text()).values()
-        assert abs(again["tiny/test.jsonl"]["accuracy"] - rows[-1]["accuracy"]) < 0.12
+        assert abs(again["tiny/test.jsonl"]["accuracy"] - rows[-1]["accuracy"]) < 0.2  # three standard errors
 
 
 @long
