@@ -676,8 +676,8 @@ def minibatches(samples, constants, args, passes):
 def take(constants, chosen, columns=None):
     """The constants of the chosen samples.
 
-    Of what has a value for each token only the first `columns`, as many as the longest of them has: padding is
-    on the right.
+    Of what has a value for each token it gives the first `columns`, as many as the longest chosen sample has:
+    padding is on the right.
     """
     return {name: tensor[chosen, :columns] if tensor.dim() > 1 else tensor[chosen]
             for name, tensor in constants.items()}
@@ -719,7 +719,7 @@ def microbatches(samples, args, device, per_loss=1):
 
 @torch.no_grad()
 def token_logps(model, samples, args, device):
-    """ln π of each token of the completions: (samples, longest - 1) fp32, 0 elsewhere. (Or a critic's values.)
+    """ln π, or a critic's value, of each token of the completions: (samples, longest - 1) fp32, 0 elsewhere.
 
     π_ref goes through the update's code and micro-batches: from other kernels ln π_ref would be off by more
     than a small log-ratio.

@@ -489,9 +489,10 @@ class VLLMSampler:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where we reach it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
+        from vllm.platforms import current_platform
 
         gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
-        if vllm.platforms.current_platform.is_unspecified():
+        if current_platform.is_unspecified():
             fail("--engine vllm: there is no GPU, and this is not vLLM's CPU build")
         self.sleeps, self.proved = training and gpu, False
         self.llm = vllm.LLM(
