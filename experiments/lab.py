@@ -13,29 +13,25 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 from experiments.baselines import ALGORITHMS
 from train import APO
 
-matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results"
-NAMES = dict(apo="A*-PO", grpo="GRPO", rebel="REBEL", ppo="PPO")
 PHASES = ("sampling", "reference", "update")  # of a step; evaluations and checkpoints do not count
 
 
 def make_parser(description, steps=None, seeds=5):
     """A parser; with `steps` it has the flags of runs, which are those of the embedded world by default."""
-    first_line = description.splitlines()[0]
-    parser = ArgumentParser(description=first_line, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.description = description.splitlines()[0]
     if steps is not None:
         add = parser.add_argument
         add("--stage1", default="@tiny/vstar.args", help="vstar.py's flags")
@@ -53,19 +49,18 @@ def make_parser(description, steps=None, seeds=5):
 
 def run(args, script, out, done, *flags, threads=None):
     """A script, or a baseline by its name, unless an earlier start ran it to its end with the same flags."""
-    flags = [*map(str, flags)]
     command, finished = shlex.join(flags), out / f"{script}.seconds"
     if finished.exists() and finished.read_text().partition("\n")[2] == command:
         return
     out.mkdir(parents=True, exist_ok=True)
     started = ["-m", "experiments.baselines", script] if script in ALGORITHMS else [f"{script}.py"]
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     began = time.perf_counter()
     with open(out / f"{script}.log", "w") as log:
-        process = subprocess.run(
-            [*shlex.split(args.launch), *started, *flags],
-            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-        )
+        process = subprocess.run([*shlex.split(args.launch), *started, *flags],
+                                 cwd=ROOT, env=environment, stdout=log, stderr=log)
     if process.returncode or not (out / done).exists():
         sys.exit(f"{script} {command} failed; see {log.name}")
     finished.write_text(f"{time.perf_counter() - began:.2f}\n{command}")
@@ -78,21 +73,20 @@ def took(out, script):
 
 def stage1(args, out, *flags, **keywords):
     """→ the file with V̂*"""
-    out = ROOT / out
-    vstar = out / "vstar.jsonl"
+    vstar = ROOT / out / "vstar.jsonl"
     first = shlex.split(args.stage1)
-    run(args, "vstar", out, vstar.name, *first, f"--out={vstar}", *flags, **keywords)
+    run(args, "vstar", vstar.parent, vstar.name, *first, f"--out={vstar}", *flags, **keywords)
     return vstar
 
 
 def train(args, out, vstar, *flags, algorithm="apo", **keywords):
     """→ the rows of metrics.jsonl"""
     out = ROOT / out
-    files = f"--vstar={vstar}", f"--out={out}/run"
-    common = f"--steps={args.steps}", "--show_every=0", "--save_every=100000"
     script = "train" if algorithm == "apo" else algorithm
     first = shlex.split(args.train)
-    run(args, script, out, "run/model", *first, *files, *common, *flags, **keywords)
+    first += [f"--vstar={vstar}", f"--out={out}/run", f"--steps={args.steps}"]
+    first += ["--show_every=0", "--save_every=100000"]
+    run(args, script, out, "run/model", *first, *flags, **keywords)
     shutil.rmtree(out / "run/checkpoint", ignore_errors=True)  # 18 GB a run at 1.5B
     settings = json.loads((out / "run/config.json").read_text())["settings"]
     completions = settings.get("group") or ALGORITHMS.get(algorithm, APO).completions
@@ -102,10 +96,10 @@ def train(args, out, vstar, *flags, algorithm="apo", **keywords):
     return rows
 
 
-def side_by_side(args, calls):
-    """Untimed work, --jobs at a time: [function] → [result]"""
+def side_by_side(args, function, choices):
+    """Untimed work, --jobs at a time: [function(args, *choice) for choice in choices]"""
     with ThreadPoolExecutor(args.jobs) as pool:
-        return list(pool.map(lambda call: call(), calls))
+        return list(pool.map(lambda choice: function(args, *choice), choices))
 
 
 def read(path):
@@ -164,8 +158,9 @@ def seconds_of(row, phases=PHASES):
     return sum(row["seconds"][phase] for phase in phases)
 
 
-def accuracies(rows):
-    return [row["accuracy"] for row in rows if "accuracy" in row]
+def curve(rows):
+    """[(step, held-out accuracy)]"""
+    return [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
 
 
 def mean(key, rows):
@@ -178,14 +173,14 @@ def over_seeds(runs):
     for key, value in runs[0].items():
         if isinstance(value, (int, float)):
             values = [run[key] for run in runs]
-            deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
+            deviation = np.std(values, ddof=1) if len(runs) > 1 else np.nan
             table[key] = np.round([np.mean(values), deviation], 4).tolist()
     return table
 
 
-def pm(pair, digits=3):
-    """[mean, deviation] → mean ± deviation"""
-    return " ± ".join(f"{number:.{digits}f}" for number in pair if number == number)
+def pm(pair):
+    """[mean, deviation] → mean ± deviation; of one seed the mean alone"""
+    return " ± ".join(f"{number:g}" for number in pair if number == number)
 
 
 def show(header, rows):
@@ -195,14 +190,22 @@ def show(header, rows):
 
 
 @contextmanager
-def picture(name, rows, columns, size, **more):
-    """Axes to draw on, saved as experiments/results/NAME.png."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **more)
+def picture(name, columns=1):
+    """Axes side by side, to draw held-out accuracy on. Saved as experiments/results/NAME.png."""
+    figure = Figure(figsize=(3 + 3 * columns, 4), layout="constrained")
+    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))
     yield axes
-    for axis in axes.flat:
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
     figure.savefig(RESULTS / f"{name}.png", dpi=110)
-    plt.close(figure)
+
+
+def draw_seeds(axis, x, y, label):
+    """(points, seeds) each: their mean, and every seed as a thin line"""
+    (line,) = axis.plot(x.mean(1), y.mean(1), label=label)
+    axis.plot(x, y, color=line.get_color(), linewidth=0.5, alpha=0.4)
 
 
 def machine():
@@ -211,26 +214,19 @@ def machine():
     script = sys.modules["__main__"].__spec__.name
     found = dict(
         command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
-        cpu=f"{os.cpu_count()} × {names[0] if names else platform.machine()}",
-        threads=torch.get_num_threads(),
+        cpu=f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
     )
     if torch.cuda.is_available():
-        found["gpu"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return found
 
 
 def save(name, **results):
-    """experiments/results/NAME.json, a line per entry. JSON has no NaN, which becomes null."""
-    text = partial(json.dumps, ensure_ascii=False)
-
-    def block(texts):
-        return "{\n" + ",\n".join(f"{text(key)}: {value}" for key, value in texts.items()) + "\n}"
-
-    results = json.loads(text(dict(machine=machine(), **results)), parse_constant=lambda _: None)
-    for key, value in results.items():
-        inner = isinstance(value, dict)
-        results[key] = block({k: text(v) for k, v in value.items()}) if inner else text(value)
-    (RESULTS / f"{name}.json").write_text(block(results) + "\n", encoding="utf-8")
+    """experiments/results/NAME.json. JSON has no NaN, which becomes null."""
+    text = json.dumps(dict(machine=machine(), **results))
+    results = json.loads(text, parse_constant=lambda _: None)
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items()]
+    (RESULTS / f"{name}.json").write_text("{" + ",\n".join(lines) + "}\n")

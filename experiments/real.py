@@ -14,7 +14,6 @@ runs on one GPU at a time.
 import json
 import random
 import shlex
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -113,18 +112,17 @@ def main():
     args.threads = 1 if args.jobs > 1 else None
     make_world(args)
     before = measured(args, FOLDER / "before", FOLDER / "reference")
-    lab.side_by_side(args, [partial(stage1, args, seed) for seed in range(args.seeds)])
+    lab.side_by_side(args, stage1, [(seed,) for seed in range(args.seeds)])
     tries = [*product(args.ways, range(args.seeds))]
-    found = lab.side_by_side(args, [partial(one, args, *run) for run in tries])
+    found = lab.side_by_side(args, one, tries)
     runs = {f"{way} {seed}": run for (way, seed), run in zip(tries, found)}
     lab.save("real", settings=vars(args), before=before, runs=runs)
     print("π_ref", before)
-    with lab.picture("real", 1, 1, (6, 4)) as ((axis,),):
+    with lab.picture("real") as (axis,):
         for name, run in runs.items():
             axis.plot(*zip(*run.pop("curve")), label=name)
             print(name, run)
-        axis.set(title="held-out accuracy, temperature 1", xlabel="step", ylim=(0, 1))
-        axis.legend(frameon=False)
+        axis.set_xlabel("steps")
 
 
 def stage1(args, seed):
@@ -143,9 +141,8 @@ def one(args, way, seed):
     keys = ("reward", "kl", "entropy", "length")
     last = {key: lab.mean(key, rows[-5:]) for key in keys}
     memory = max(row["memory_gb"] for row in rows[1:])
-    curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
     passes = measured(args, out / "eval", out / "run/model")
-    return dict(passes, **last, minutes=seconds / 60, memory_gb=memory, curve=curve)
+    return dict(passes, **last, minutes=seconds / 60, memory_gb=memory, curve=lab.curve(rows))
 
 
 def measured(args, folder, model):

@@ -14,13 +14,13 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from experiments import lab
+from vstar import batched
 
 MEANS = ("reward", "loss", "kl", "length")  # in the table: those of the last ten steps
 
@@ -35,18 +35,20 @@ def main():
         make_world(args)
     runs = list(product(args.ways, range(args.seeds)))
     firsts = {(first_flags(way), seed) for way, seed in runs}  # several ways share one
-    lab.side_by_side(args, [partial(stage1, args, *first) for first in firsts])
-    found = lab.side_by_side(args, [partial(stage2, args, *run) for run in runs])
+    lab.side_by_side(args, stage1, firsts)
+    found = lab.side_by_side(args, stage2, runs)
 
-    table, curves = {}, {}
-    for i, way in enumerate(args.ways):
-        seeds = found[i * args.seeds :][: args.seeds]
+    table, curves, rows = {}, {}, []
+    for way, seeds in zip(args.ways, batched(found, args.seeds)):
         table[way] = lab.over_seeds(seeds)
         curves[way] = [run["curve"] for run in seeds]
+        rows.append([f"`{way}`", *map(lab.pm, table[way].values())])
     lab.save(args.name, steps=args.steps, table=table, curves=curves)
-    draw(args.name, curves)
-    cells = {way: map(lab.pm, row.values()) for way, row in table.items()}
-    lab.show(["", *table[way]], [[f"`{way}`", *row] for way, row in cells.items()])
+    lab.show(["", *table[way]], rows)
+    with lab.picture(args.name) as (axis,):
+        for way, seeds in curves.items():
+            lab.draw_seeds(axis, *np.transpose(seeds), way)  # steps and accuracies, (points, seeds) each
+        axis.set_xlabel("steps")
 
 
 def make_world(args):
@@ -79,21 +81,8 @@ def stage2(args, way, seed):
     out = folder(args, way, seed)
     rows = lab.train(args, out, vstar, f"--seed={seed}", *flags, algorithm=algorithm, threads=1)
     late = {key: lab.mean(key, rows[-10:]) for key in MEANS}
-    seconds = sum(map(lab.seconds_of, rows))
-    curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
-    return dict(accuracy=curve[-1][1], **late, seconds=seconds, curve=curve)
-
-
-def draw(name, curves):
-    """Held-out accuracy: a line for the mean over seeds, a band from the lowest to the highest."""
-    with lab.picture(name, 1, 1, (7, 4)) as ((axis,),):
-        for way, seeds in curves.items():
-            steps, accuracy = np.transpose(seeds)  # (points, seeds) each
-            x = steps[:, 0]
-            axis.plot(x, accuracy.mean(1), label=way)
-            axis.fill_between(x, accuracy.min(1), accuracy.max(1), alpha=0.2)
-        axis.set(xlabel="steps", ylabel="held-out accuracy", ylim=(0, 1))
-        axis.legend(frameon=False)
+    seconds, curve = sum(map(lab.seconds_of, rows)), lab.curve(rows)
+    return dict(accuracy=rows[-1]["accuracy"], **late, seconds=seconds, curve=curve)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
         return json.loads((tmp_path / "toy.json").read_text(), parse_constant=pytest.fail)
 
     monkeypatch.setattr(lab, "machine", dict)
-    monkeypatch.setattr(lab, "side_by_side", lambda args, calls: [call() for call in calls])
+    monkeypatch.setattr(lab, "side_by_side", lambda args, call, choices: [call(args, *c) for c in choices])
     monkeypatch.setattr(lab.subprocess, "run", in_this_process)
     found = start(APO, GRPO)
     assert len(ran) == 8 and (tmp_path / "toy.png").exists()  # both stages, twice each
