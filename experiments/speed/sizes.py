@@ -33,9 +33,9 @@ def asked(name, gpu, ranks, lora=None):
     vars(args).update(temperature=1.0, max_new_tokens=1024)  # Stage 1's
     plan.settle(args, 200)
     args.gpu_memory = plan.least_share(shape, args)
-    parts, words = plan.memory(shape, args, APO(args)), plan.verdict(shape, args, APO(args))
+    parts = plan.memory(shape, args, APO(args))
     update = plan.peak(dict(parts, sampling=0))
-    return dict(update_gib=round(update, 1), fits=words == "it fits", words=words)
+    return dict(update_gib=round(update, 1), words=plan.verdict(shape, args, APO(args)))
 
 
 if __name__ == "__main__":
