@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import train
-from train import APO, Policy, token_logps, on_tokens, sum_over_ranks
+from train import APO, Policy, on_tokens, sum_over_ranks, token_logps
 from vstar import run_script
 
 

@@ -87,8 +87,9 @@ def stage1_cost(out):
 def add_costs(rows, tokens, seconds):
     """What was spent up to each row. The clock counts the phases of the steps, not the evaluations."""
     for row in rows:
-        tokens += row["tokens"]
-        seconds += lab.seconds_of(row)
+        took = lab.seconds_of(row)
+        tokens += took * row.get("tokens_per_second", 0)
+        seconds += took
         row.update(all_tokens=tokens, clock=seconds)
 
 

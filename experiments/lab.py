@@ -9,8 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,6 @@ import transformers
 from matplotlib.figure import Figure
 
 from experiments.baselines import ALGORITHMS
-from train import APO
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results"
@@ -32,8 +31,8 @@ def make_parser(description, steps=None, seeds=5):
     """A parser; with `steps` it has the flags of runs, which are those of the embedded world by default."""
     parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     parser.description = description.splitlines()[0]
+    add = parser.add_argument
     if steps is not None:
-        add = parser.add_argument
         add("--stage1", default="@tiny/vstar.args", help="vstar.py's flags")
         add("--train", default="@tiny/train.args", help="train.py's flags, before those that are varied")
         add("--launch", default=sys.executable, help="what starts a script: 'torchrun --nproc_per_node 8'")
@@ -49,26 +48,20 @@ def make_parser(description, steps=None, seeds=5):
 
 def run(args, script, out, done, *flags, threads=None):
     """A script, or a baseline by its name, unless an earlier start ran it to its end with the same flags."""
-    command, finished = shlex.join(flags), out / f"{script}.seconds"
-    if finished.exists() and finished.read_text().partition("\n")[2] == command:
+    command, finished = shlex.join(flags), out / f"{script}.finished"
+    if finished.exists() and finished.read_text() == command:
         return
     out.mkdir(parents=True, exist_ok=True)
     started = ["-m", "experiments.baselines", script] if script in ALGORITHMS else [f"{script}.py"]
     environment = dict(os.environ)
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    began = time.perf_counter()
     with open(out / f"{script}.log", "w") as log:
         process = subprocess.run([*shlex.split(args.launch), *started, *flags],
                                  cwd=ROOT, env=environment, stdout=log, stderr=log)
     if process.returncode or not (out / done).exists():
         sys.exit(f"{script} {command} failed; see {log.name}")
-    finished.write_text(f"{time.perf_counter() - began:.2f}\n{command}")
-
-
-def took(out, script):
-    """The wall-clock seconds of a `run`, evaluations and start included."""
-    return float((ROOT / out / f"{script}.seconds").read_text().split()[0])
+    finished.write_text(command)
 
 
 def stage1(args, out, *flags, **keywords):
@@ -88,12 +81,7 @@ def train(args, out, vstar, *flags, algorithm="apo", **keywords):
     first += ["--show_every=0", "--save_every=100000"]
     run(args, script, out, "run/model", *first, *flags, **keywords)
     shutil.rmtree(out / "run/checkpoint", ignore_errors=True)  # 18 GB a run at 1.5B
-    settings = json.loads((out / "run/config.json").read_text())["settings"]
-    completions = settings.get("group") or ALGORITHMS.get(algorithm, APO).completions
-    rows = read(out / "run/metrics.jsonl")
-    for row in rows:  # the tokens written in this step
-        row["tokens"] = row.get("length", 0) * settings["batch_size"] * completions
-    return rows
+    return read(out / "run/metrics.jsonl")
 
 
 def side_by_side(args, function, choices):
@@ -110,8 +98,7 @@ def read(path):
 # ----------------------------------------------------------------------------------------------------------
 # models of a shape, with random weights
 
-# as in the config.json of each Qwen2.5:
-# hidden size, layers, heads, heads of keys and values, inner size, vocabulary, tied embeddings
+# as in the config.json of each Qwen2.5, in the order of `config_of`
 SHAPES = {
     "toy": (64, 2, 2, 1, 128, 151936, True),  # to try a script
     "0.5B": (896, 24, 14, 2, 4864, 151936, True),
@@ -123,13 +110,12 @@ SHAPES = {
 }
 
 
-def config_of(shape, **more):
-    hidden, layers, heads, kv, inner, vocabulary, tied = SHAPES[shape]
-    return transformers.Qwen2Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-        intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=tied,
-        max_position_embeddings=32768, **more,
-    )
+def config_of(shape):
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "vocab_size", "tie_word_embeddings")
+    sizes = dict(zip(names, SHAPES[shape]))
+    tokens = dict(eos_token_id=0, pad_token_id=0, bos_token_id=None)  # the embedded world's
+    return transformers.Qwen2Config(**sizes, **tokens, max_position_embeddings=32768)
 
 
 def random_model(shape):
@@ -137,8 +123,7 @@ def random_model(shape):
     folder = ROOT / f"out/random-{shape}"
     if not (folder / "tokenizer_config.json").exists():
         torch.manual_seed(0)
-        config = config_of(shape, eos_token_id=0, pad_token_id=0, bos_token_id=None)
-        model = transformers.Qwen2ForCausalLM(config)
+        model = transformers.Qwen2ForCausalLM(config_of(shape))
         model.to(torch.bfloat16).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder)
     return str(folder)
@@ -210,23 +195,27 @@ def draw_seeds(axis, x, y, label):
 
 def machine():
     """What a number was measured with."""
-    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     script = sys.modules["__main__"].__spec__.name
-    found = dict(
-        command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
-        cpu=f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-    )
+    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     if torch.cuda.is_available():
-        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return found
+        names.append(torch.cuda.get_device_name())
+    return dict(command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
+                machine=Counter(names),  # {CPU: cores, GPU: 1}
+                python=platform.python_version(),
+                torch=torch.__version__,
+                transformers=transformers.__version__)
 
 
 def save(name, **results):
     """experiments/results/NAME.json. JSON has no NaN, which becomes null."""
     text = json.dumps(dict(machine=machine(), **results))
     results = json.loads(text, parse_constant=lambda _: None)
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in results.items()]
-    (RESULTS / f"{name}.json").write_text("{" + ",\n".join(lines) + "}\n")
+    (RESULTS / f"{name}.json").write_text(in_lines(results, 2) + "\n")
+
+
+def in_lines(value, depth):
+    """JSON, with a line for each entry down to this depth."""
+    if depth == 0 or not isinstance(value, dict):
+        return json.dumps(value)
+    lines = [f"{json.dumps(key)}: {in_lines(inner, depth - 1)}" for key, inner in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"

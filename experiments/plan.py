@@ -1,7 +1,6 @@
-"""What a run will hold in memory and how long it takes at least, before a GPU is asked for.
+"""What Stage 2 will hold in memory and how long a step takes at least, before a GPU is asked for.
 
-    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B                 Stage 2, with train.py's flags
-    python -m experiments.plan 8xH100 --stage 1 --model Qwen/Qwen2.5-7B --data math     with vstar.py's flags
+    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B                           with train.py's flags
     python -m experiments.plan 8xH100 --algorithm grpo --model Qwen/Qwen2.5-7B          with a baseline's, too
     python -m experiments.plan --vstar out/vstar.jsonl     on a CPU; model and lengths are Stage 1's
 
@@ -50,42 +49,34 @@ OBJECTIVES = {APO.name: APO, **ALGORITHMS}
 
 def main():
     args = parse_args()
-    if args.stage == 2 and args.model is None:
+    if args.model is None:
         prompt, completion = lengths_of_stage1(args)
     else:
         prompt, completion = 200, args.max_new_tokens / 2
     prompt = args.prompt_tokens or prompt
     completion = args.answer_tokens or completion
     settle(args, prompt)
-    if args.stage == 1:
-        plan_stage1(args, prompt, completion)
-    else:
-        plan_training(args, OBJECTIVES[args.algorithm](args), prompt, completion)
+    show(args, OBJECTIVES[args.algorithm](args), prompt, completion)
 
 
 def parse_args():
-    """The machine, what is planned, and the flags of the script that is planned."""
+    """The machine, the algorithm, and the flags of train.py or of a baseline."""
     named = len(sys.argv) > 1 and sys.argv[1][0] != "-"
     ranks, gpu = read_machine(sys.argv.pop(1) if named else "CPU")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--stage", type=int, choices=[1, 2], default=2)
     first.add_argument("--algorithm", choices=OBJECTIVES, default="apo")
     first.error = fail
     chosen, sys.argv[1:] = first.parse_known_args()
-    if chosen.stage == 1:
-        script, parser = "vstar", vstar.make_parser()
-    else:
-        script, parser = "train", train.make_parser(OBJECTIVES[chosen.algorithm])
-    parser.prog = f"python -m experiments.plan [8xH100] [--stage 1] [--algorithm {'|'.join(OBJECTIVES)}]"
+    parser = train.make_parser(OBJECTIVES[chosen.algorithm])
+    parser.prog = f"python -m experiments.plan [8xH100] [--algorithm {'|'.join(OBJECTIVES)}]"
+    parser.set_defaults(temperature=1.0)
     add = parser.group("the plan")
-    if chosen.stage == 2:
-        add("--model", str, "a Hugging Face model folder or hub id; default: Stage 1's, as all that follows")
-        add("--revision", str, "branch, tag or commit on the hub")
-        add("--max_new_tokens", 1024, "of an answer, at the most")
-        parser.set_defaults(temperature=1.0)
+    add("--model", str, "a Hugging Face model folder or hub id; default: Stage 1's, as all that follows")
+    add("--revision", str, "branch, tag or commit on the hub")
+    add("--max_new_tokens", 1024, "of an answer, at the most")
     add("--prompt_tokens", float, "mean tokens of a prompt; default: 200, where --model is given")
     add("--answer_tokens", float, "mean tokens of an answer; default: half of --max_new_tokens, likewise")
-    args = vstar.read_flags(parser, script)
+    args = vstar.read_flags(parser, "train")
     vars(args).update(vars(chosen), ranks=ranks, gpu=gpu)
     return args
 
@@ -103,10 +94,10 @@ def settle(args, prompt):
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.gpu in GPUS else "float32"
     args.width = math.ceil(prompt) + args.max_new_tokens
-    args.lr = args.stage == 2 and (args.lr or 1e-6)  # a baseline asks for it
+    args.lr = args.lr or 1e-6  # a baseline asks for it
     if args.engine == "auto":  # vLLM would hold the merged weights of --lora in fp32
-        rounds = args.stage == 2 and args.lora and args.dtype == "bfloat16"
-        args.engine = "vllm" if args.gpu in GPUS and not rounds else "transformers"
+        lora_in_bf16 = args.lora and args.dtype == "bfloat16"
+        args.engine = "vllm" if args.gpu in GPUS and not lora_in_bf16 else "transformers"
 
 
 def read_machine(text):
@@ -117,16 +108,16 @@ def read_machine(text):
     return int(found[1] or 1), found[2]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Stage 2
-
-
-def plan_training(args, objective, prompt, completion):
-    """Prints what train.py will need; prompt and completion: mean tokens."""
+def show(args, objective, prompt, completion):
+    """Prints what a run will need; prompt and completion: mean tokens."""
     shape = load_shape(args.model, args.revision)
     parts = memory(shape, args, objective)
-    print(f"--algorithm {objective.name}, --engine {args.engine}")
-    show_memory(shape, args, dict(parts, **{"at the most at a time": peak(parts)}))
+    print(f"{args.model}: {shape.total:,} parameters, {args.ranks} × {args.gpu}, "
+          f"--algorithm {objective.name}, {args.dtype}, --engine {args.engine}")
+    print("planned, not measured, on each:")
+    for name, size in parts.items():
+        print(f"  {name:24s}{size:9.2f} GiB")
+    print(f"  {'at the most at a time':24s}{peak(parts):9.2f} GiB")
     print(f"host memory: {2 * shape.total / 2**30:.1f} GiB a process, while it reads the model")
     if args.gpu not in GPUS:
         return
@@ -138,15 +129,7 @@ def plan_training(args, objective, prompt, completion):
     # communication can hide behind the computing
     work = floor["sampling"] + max(floor["reference"] + floor["update"], floor["communication"])
     if args.steps:
-        hours = args.steps * work / 3600
-        print(f"{args.steps} steps: at least {hours:.2f} h, {hours * args.ranks:.1f} GPU hours")
-
-
-def show_memory(shape, args, parts):
-    print(f"{args.model}: {shape.total:,} parameters, {args.ranks} × {args.gpu}, {args.dtype}")
-    print("planned, not measured, on each:")
-    for name, size in parts.items():
-        print(f"  {name:36s}{size:9.2f} GiB")
+        print(f"{args.steps} steps: at least {args.steps * work / 3600:.2f} h")
 
 
 def networks_of(objective):
@@ -171,7 +154,7 @@ def networks_of(objective):
 
 
 def memory(shape, args, objective):
-    """What each process holds in Stage 2: {part: GiB}"""
+    """What each process holds: {part: GiB}"""
     total, block, rest = shape.total, shape.block, shape.rest
     dtype, on_gpu = getattr(torch, args.dtype), args.gpu in GPUS
     b = dtype.itemsize
@@ -213,8 +196,7 @@ def step_floor(shape, args, objective, prompt, completion):
     """Seconds that a step takes at least on each GPU: {phase: seconds}; prompt and completion: mean tokens"""
     _, flops, bandwidth, link = GPUS[args.gpu]
     b = getattr(torch, args.dtype).itemsize
-    rows = args.batch_size * objective.completions / args.ranks
-    vllm = args.engine == "vllm"
+    rows, vllm = args.batch_size * objective.completions / args.ranks, args.engine == "vllm"
     waves = 1 if vllm else math.ceil(rows / args.decode_rows)
     # seconds in which every GPU gets all weights, at one byte each
     ring = shape.total * (args.ranks - 1) / args.ranks / link
@@ -274,36 +256,6 @@ def verdict(shape, args, objective):
             named = " and ".join(f"--{key} {value}" for key, value in changes.items())
             return "it does not fit; it would with " + re.sub(r"--ranks (\d+)", r"\1 GPUs", named)
     return "it does not fit, on any number of GPUs: each samples with the whole model"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Stage 1
-
-
-def plan_stage1(args, prompt, completion):
-    """Prints what vstar.py will need; prompt and completion: mean tokens."""
-    shape, dtype = load_shape(args.model, args.revision), getattr(torch, args.dtype)
-    weights, loop = dtype.itemsize * shape.total / 2**30, sampler_bytes(shape, args) / 2**30
-    show_memory(shape, args, {"weights": weights, "with --engine transformers, beside them": loop})
-    if args.gpu == "CPU":
-        return
-    size, flops, bandwidth, _ = GPUS[args.gpu]
-    cache = cache_per_token(shape, dtype.itemsize)
-    room = args.gpu_memory * size - weights
-    at_once = int(room * 2**30 / (args.width * cache))
-    if at_once < 1:
-        print("it does not fit: raise --gpu_memory, or take a larger GPU")
-        return
-    print("it fits")
-    at_once = min(at_once, 1024)  # vLLM's own bound
-    answers = (args.limit or 1000) * args.samples
-    each = answers / args.ranks
-    # as one ends the next takes its place, and no answer is shorter than itself
-    steps = max(args.max_new_tokens, each * completion / at_once)
-    read = steps * dtype.itemsize * shape.read + each * completion * cache * (prompt + completion / 2)
-    hours = max(read / bandwidth, forward_flops(shape, each, 0, completion) / flops) / 3600
-    print(f"\n{answers:,} answers of {completion:.0f} tokens, {at_once:,} at a time: "
-          f"at least {60 * hours:.1f} minutes, {hours * args.ranks:.2f} GPU hours")
 
 
 # ------------------------------------------------------------------------------------------------------------

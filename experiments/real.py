@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import lab
+from experiments.compare import stage1_cost
 from train import Policy
 from vstar import pass_at_k
 
@@ -40,10 +41,10 @@ KS = (1, 2, 4, 8)
 # π_ref
 
 
-def problems(count, seed=0):
+def problems(count):
     """Different sums of two numbers of two digits."""
     every = [*product(range(10, 100), repeat=2)]
-    pairs = random.Random(seed).sample(every, count)
+    pairs = random.Random(0).sample(every, count)
     return [dict(question=f"{a} + {b}", answer=str(a + b)) for a, b in pairs]
 
 
@@ -54,9 +55,9 @@ def slip(rng, answer):
     return answer[:position] + another + answer[position + 1 :]
 
 
-def warm_up(tokenizer, model, problems, steps, lr=5e-5, wrong=0.25, batch=16, seed=0):
+def warm_up(tokenizer, model, problems, steps, lr=5e-5, wrong=0.25, batch=16):
     """Supervised: down −ln π of the demonstrations, of which a share is wrong."""
-    rng, policy = random.Random(seed), Policy(model)
+    rng, policy = random.Random(0), Policy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         warm = min(1, (step + 1) / 10)
@@ -135,9 +136,9 @@ def one(args, way, seed):
     out, first = FOLDER / way / str(seed), stage1(args, seed)
     flags = [f"--seed={seed}", *flags]
     rows = lab.train(args, out, first, *flags, algorithm=algorithm, threads=args.threads)
-    seconds = lab.took(out, "train" if algorithm == "apo" else algorithm)
+    seconds = sum(map(lab.seconds_of, rows))
     if algorithm == "apo":  # the others do not need Stage 1
-        seconds += lab.took(first.parent, "vstar")
+        seconds += stage1_cost(first.parent)[1]
     keys = ("reward", "kl", "entropy", "length")
     last = {key: lab.mean(key, rows[-5:]) for key in keys}
     memory = max(row["memory_gb"] for row in rows[1:])

@@ -2,18 +2,15 @@
 
     python -m experiments.sweep seeds --seeds 5 --steps 120
     python -m experiments.sweep lora --ways apo 'apo --lora=16 --lr=1.5e-3' 'grpo --group=4'
-    python -m experiments.sweep wide --world '--digits 1 2 3 4 5 6 7 8 --steps 3600'
     python -m experiments.sweep long --ways apo 'apo --filter=unsolved after --data=long.jsonl'
 
 A way is an algorithm (apo, grpo, rebel or ppo) and its flags of Stage 2. A way that needs a Stage 1 of its
-own names flags for that behind the word `after`; all others share one per seed. --world makes a π_ref and its
-problems first. What an earlier start has finished in out/NAME/ is not run again.
+own names flags for that behind the word `after`; all others share one per seed. What an earlier start has
+finished in out/NAME/ is not run again.
 """
 
 import re
 import shlex
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -29,10 +26,7 @@ def main():
     parser = lab.make_parser(__doc__, steps=40, seeds=3)
     parser.add_argument("name", help="of the results, and of the folder in out/")
     parser.add_argument("--ways", nargs="+", default=["apo"], help="each: ALGORITHM FLAGS [after FLAGS]")
-    parser.add_argument("--world", help="tiny/make.py's flags: make a world first, and train in it")
     args = parser.parse_args()
-    if args.world:
-        make_world(args)
     runs = list(product(args.ways, range(args.seeds)))
     firsts = {(first_flags(way), seed) for way, seed in runs}  # several ways share one
     lab.side_by_side(args, stage1, firsts)
@@ -49,15 +43,6 @@ def main():
         for way, seeds in curves.items():
             lab.draw_seeds(axis, *np.transpose(seeds), way)  # steps and accuracies, (points, seeds) each
         axis.set_xlabel("steps")
-
-
-def make_world(args):
-    world = Path("out", args.name, "world")
-    args.stage1 += f" @{world}/vstar.args"
-    args.train += f" --eval_data={world}/test.jsonl"
-    if not (lab.ROOT / world / "vstar.args").exists():  # it is written last
-        command = [sys.executable, "tiny/make.py", *shlex.split(args.world), f"--out={world}"]
-        subprocess.run(command, cwd=lab.ROOT, check=True)
 
 
 def first_flags(way):

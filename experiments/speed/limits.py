@@ -8,7 +8,7 @@ decode floor    each step reads the weights once (not a table of embeddings that
                 × bytes, over the bandwidth
 update floor    forward FLOPs (2 × weights of the blocks × tokens + 2 × vocabulary × hidden × answers' tokens
                 + 2 × layers × heads × head size × Σ length² for the attention), times 3 with the backward
-                pass, over the peak; where blocks and the head are recomputed, the hardware does it times 4
+                pass, over the peak; recomputation counts as none
 overhead        what the decode loop takes beyond the model's forward passes
 
 Bandwidth and peak are a GPU's data sheet (plan.py's table), or what a large copy and a large product of
@@ -136,8 +136,7 @@ def update(args, model, shape, dtype, flops, device):
     tokens = args.rows * (args.prompt + args.tokens)
     forward = plan.forward_flops(shape, args.rows, args.prompt, args.tokens)
     return dict(seconds=seconds, tokens_per_second=tokens / seconds,
-                share_of_peak=3 * forward / flops / seconds,
-                share_with_recomputing=(4 if GPU else 3) * forward / flops / seconds)
+                share_of_peak=3 * forward / flops / seconds)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     pip install trl==1.16.0          (for this script alone)
     python -m experiments.speed.peers                   → experiments/results/peers.json (the embedded world)
     python -m experiments.speed.peers --shape 0.5B --rounds 1 --steps 5      (random weights, a GPU)
-    python -m experiments.speed.peers --model M --data D.jsonl --test T.jsonl --prompt TEMPLATE --name mine
+    python -m experiments.speed.peers --model M --data D.jsonl --prompt TEMPLATE --name mine
 
 A*-PO against trl.experimental.a2po.A2POTrainer, GRPO against trl.GRPOTrainer. Each run is a process of its
-own, and in every round the order changes. Seconds are those of the work alone (no imports, no loading):
+own, in turns. Seconds are those of the work alone (no imports, no loading):
 Stage 1, and Stage 2 a step, the first step left out. The memory is what an update needs beyond what was
 there when it began: on a GPU the growth of the peak allocation, on a CPU that of the peak RSS, in a short
-run of its own whose malloc gives back at once what is freed. Accuracy: evaluate.py on the finished model.
-What is in out/peers/ is not run again.
+run of its own whose malloc gives back at once what is freed. The finished models lie in out/peers/, for
+evaluate.py. What is there is not run again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,6 @@ def main():
     add("--limit", type=int, default=1024, help="prompts of Stage 1")
     add("--model", default="tiny/model")
     add("--data", default="tiny/train.jsonl")
-    add("--test", default="tiny/test.jsonl")
     add("--prompt", default="{question}")
     add("--name", help="of the results; default: peers, with --shape peers-SHAPE")
     add("--shape", choices=lab.SHAPES, help="instead of --model: random weights in the shape of this Qwen2.5")
@@ -60,9 +60,8 @@ def main():
         return child(args, args.child[0], Path(args.child[1]))
     args.name = args.name or "peers" + (f"-{args.shape}" if args.shape else "")
     found = {peer: [] for peer in args.only}
-    for turn in range(args.rounds):
-        for peer in args.only if turn % 2 == 0 else args.only[::-1]:
-            found[peer].append(one(args, peer, turn))
+    for turn, peer in product(range(args.rounds), args.only):
+        found[peer].append(one(args, peer, turn))
     middle = {}
     for peer, runs in found.items():
         middle[peer] = {}
@@ -100,15 +99,8 @@ def child(args, peer, out):
     code, algorithm = peer.split()
     if args.shape:
         args.model = lab.random_model(args.shape)
-    result = (ours if code == "ours" else theirs)(args, algorithm, out)
-    if not args.shape:
-        model = out / ("run/model" if code == "ours" else "model")
-        flags = [f"--model={model}", f"--data={args.test}", f"--prompt={args.prompt}", "--limit=512",
-                 "--samples=4", f"--max_new_tokens={args.tokens}", "--decode_rows=1024", f"--out={out}/eval"]
-        lab.run(args, "evaluate", out, "eval/results.json", *flags)
-        (model,) = json.loads((out / "eval/results.json").read_text()).values()
-        (found,) = model.values()
-        result["accuracy"] = found["accuracy"]
+    measure = ours if code == "ours" else theirs
+    result = measure(args, algorithm, out)
     (out / "result.json").write_text(json.dumps(result))
 
 

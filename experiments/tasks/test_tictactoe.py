@@ -50,7 +50,7 @@ def test_positions_known_by_hand(board, moves, worth):
     ("\\boxed{1}", 0),  # taken
     ("3", 0),
     *((text, 0) for text in ("", "\\boxed{", "\\boxed{" * 5000, "\ud800\\boxed{\ud800}")),
-    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "{3}", "3\x00", "٣", "3.0", "36", "3" * 9999)),
+    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "3\x00", "٣", "3.0", "36", "3" * 9999)),
 ])
 def test_the_reward(response, worth):
     row = dict(board="XX3OO6789")

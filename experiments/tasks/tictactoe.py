@@ -133,27 +133,23 @@ def demonstration(rng, progress, boards):
     return question(board), f"\\boxed{{{rng.choice('123456789')}}}"
 
 
-def make_reference(folder, boards, lessons):
-    from tiny import make
-
-    def lesson(rng, args, progress):
-        if rng.random() < 0.3:
-            return make.demonstration(rng, args, progress)  # the embedded world's sums
-        return demonstration(rng, progress, boards)
-
-    model, tokenizer = make.make_model(make.parser.parse_args([f"--steps={lessons}"]), lesson, CHARACTERS)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def main():
-    from vstar import write_rows  # here, as `make` above: a reward should load without torch
+    from tiny import make  # here: a reward should load without torch
+    from vstar import write_rows
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lessons", type=int, default=1600, help="supervised steps of π_ref")
     lessons = parser.parse_args().lessons
     learned, held_out = split(random.Random(0))
-    make_reference(FOLDER / "world", learned, lessons)
+
+    def lesson(rng, args, progress):
+        if rng.random() < 0.3:
+            return make.demonstration(rng, args, progress)  # the embedded world's sums
+        return demonstration(rng, progress, learned)
+
+    world = make.parser.parse_args([f"--steps={lessons}"])
+    for part in make.make_model(world, lesson, CHARACTERS):  # the model and its tokenizer
+        part.save_pretrained(FOLDER / "world")
     for name, boards in ("train", learned[:1024]), ("test", held_out[:512]):
         problems = [dict(question=question(board), board=board) for board in boards]
         write_rows(FOLDER / f"{name}.jsonl", problems)
