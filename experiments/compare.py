@@ -36,7 +36,7 @@ def main():
     add("--reach", type=float, nargs="+", default=[0.80, 0.90], help="accuracies to which costs are counted")
     args = parser.parse_args()
 
-    stage1(args, SEARCH_SEED, threads=1)
+    stage1(args, SEARCH_SEED, **lab.ONE_THREAD)
     tries = list(product(NAMES, args.lrs, args.betas))
     rewards = lab.side_by_side(args, search, tries)
     searched = {" ".join(choice): reward for choice, reward in zip(tries, rewards)}
@@ -61,19 +61,19 @@ def main():
     lab.show(header, rows)
 
 
-def stage1(args, seed, **keywords):
-    return lab.stage1(args, f"out/{args.name}/stage1/{seed}", f"--seed={seed}", **keywords)
+def stage1(args, seed, **environment):
+    return lab.stage1(args, f"out/{args.name}/stage1/{seed}", f"--seed={seed}", **environment)
 
 
-def train(args, algorithm, lr, beta, seed, *flags, **keywords):
+def train(args, algorithm, lr, beta, seed, *flags, **environment):
     out = f"out/{args.name}/{algorithm}/{lr}-{beta}-{seed}"
-    vstar = stage1(args, seed, **keywords)
+    vstar = stage1(args, seed, **environment)
     flags += f"--lr={lr}", f"--beta2={beta}", f"--seed={seed}", "--decode_rows=1024"
-    return lab.train(args, out, vstar, *flags, algorithm=algorithm, **keywords)
+    return lab.train(args, out, vstar, *flags, algorithm=algorithm, **environment)
 
 
 def search(args, *choice):
-    rows = train(args, *choice, SEARCH_SEED, "--eval_every=100000", threads=1)
+    rows = train(args, *choice, SEARCH_SEED, "--eval_every=100000", **lab.ONE_THREAD)
     return lab.mean("reward", rows)
 
 

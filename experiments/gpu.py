@@ -52,7 +52,6 @@ def main():
     found = {part: result_of(args, part) for part in PARTS}
     if all("accuracy" in found[part] for part in ("bf16", "fp32")):
         found["difference"] = difference(found["bf16"], found["fp32"])
-        print("difference", found["difference"])
     lab.save(args.out / "gpu" if args.toy else "gpu", **found)
     for part, result in found.items():
         if "failed" in result or not result.get("holds", True):

@@ -24,6 +24,7 @@ from experiments.baselines import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results"
+ONE_THREAD = dict(OMP_NUM_THREADS="1")
 PHASES = ("sampling", "reference", "update")  # of a step; evaluations and checkpoints do not count
 
 
@@ -46,40 +47,37 @@ def make_parser(description, steps=None, seeds=5):
 # runs
 
 
-def run(args, script, out, done, *flags, threads=None):
+def run(args, script, out, done, *flags, **environment):
     """A script, or a baseline by its name, unless an earlier start ran it to its end with the same flags."""
     command, finished = shlex.join(flags), out / f"{script}.finished"
     if finished.exists() and finished.read_text() == command:
         return
     out.mkdir(parents=True, exist_ok=True)
     started = ["-m", "experiments.baselines", script] if script in ALGORITHMS else [f"{script}.py"]
-    environment = dict(os.environ)
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
     with open(out / f"{script}.log", "w") as log:
         process = subprocess.run([*shlex.split(args.launch), *started, *flags],
-                                 cwd=ROOT, env=environment, stdout=log, stderr=log)
+                                 cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)
     if process.returncode or not (out / done).exists():
         sys.exit(f"{script} {command} failed; see {log.name}")
     finished.write_text(command)
 
 
-def stage1(args, out, *flags, **keywords):
+def stage1(args, out, *flags, **environment):
     """→ the file with V̂*"""
     vstar = ROOT / out / "vstar.jsonl"
     first = shlex.split(args.stage1)
-    run(args, "vstar", vstar.parent, vstar.name, *first, f"--out={vstar}", *flags, **keywords)
+    run(args, "vstar", vstar.parent, vstar.name, *first, f"--out={vstar}", *flags, **environment)
     return vstar
 
 
-def train(args, out, vstar, *flags, algorithm="apo", **keywords):
+def train(args, out, vstar, *flags, algorithm="apo", **environment):
     """→ the rows of metrics.jsonl"""
     out = ROOT / out
     script = "train" if algorithm == "apo" else algorithm
     first = shlex.split(args.train)
     first += [f"--vstar={vstar}", f"--out={out}/run", f"--steps={args.steps}"]
     first += ["--show_every=0", "--save_every=100000"]
-    run(args, script, out, "run/model", *first, *flags, **keywords)
+    run(args, script, out, "run/model", *first, *flags, **environment)
     shutil.rmtree(out / "run/checkpoint", ignore_errors=True)  # 18 GB a run at 1.5B
     return read(out / "run/metrics.jsonl")
 
@@ -200,7 +198,7 @@ def machine():
     if torch.cuda.is_available():
         names.append(torch.cuda.get_device_name())
     return dict(command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
-                machine=Counter(names),  # {CPU: cores, GPU: 1}
+                processors=Counter(names),  # {CPU: cores, GPU: 1}
                 python=platform.python_version(),
                 torch=torch.__version__,
                 transformers=transformers.__version__)

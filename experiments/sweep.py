@@ -56,7 +56,7 @@ def folder(args, name, seed):
 
 def stage1(args, flags, seed):
     out = folder(args, f"stage1 {flags}", seed)
-    return lab.stage1(args, out, f"--seed={seed}", *shlex.split(flags), threads=1)
+    return lab.stage1(args, out, f"--seed={seed}", *shlex.split(flags), **lab.ONE_THREAD)
 
 
 def stage2(args, way, seed):
@@ -64,7 +64,7 @@ def stage2(args, way, seed):
     algorithm, *flags = shlex.split(way.partition(" after ")[0])
     vstar = stage1(args, first_flags(way), seed)  # already there
     out = folder(args, way, seed)
-    rows = lab.train(args, out, vstar, f"--seed={seed}", *flags, algorithm=algorithm, threads=1)
+    rows = lab.train(args, out, vstar, f"--seed={seed}", *flags, algorithm=algorithm, **lab.ONE_THREAD)
     late = {key: lab.mean(key, rows[-10:]) for key in MEANS}
     seconds, curve = sum(map(lab.seconds_of, rows)), lab.curve(rows)
     return dict(accuracy=rows[-1]["accuracy"], **late, seconds=seconds, curve=curve)

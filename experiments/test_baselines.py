@@ -177,7 +177,6 @@ def test_each_runs_and_resumes(name, lora, all_rows, tmp_path):
     rows = metrics(tmp_path / "one")
     assert [row["step"] for row in rows] == list(range(5))
     assert rows[1]["log_ratio_abs"] < 1e-5 < rows[2]["log_ratio_abs"]
-    assert ("critic_loss" in rows[1]) == (name == "ppo")
     for steps in (2, 4):
         inside(*command("two", steps))
     assert metrics(tmp_path / "two") == rows and weights(tmp_path / "two") == weights(tmp_path / "one")

@@ -33,12 +33,14 @@ def asked(name, gpu, ranks, lora=None):
     if not folder.exists():
         lab.config_of(name).save_pretrained(folder)
     shape, args = plan.load_shape(str(folder)), make_parser(APO).parse_args([])
-    vars(args).update(ranks=ranks, gpu=gpu, lora=lora, temperature=1.0, max_new_tokens=1024)
+    vars(args).update(ranks=ranks, gpu=gpu, lora=lora)
+    vars(args).update(temperature=1.0, max_new_tokens=1024)
     plan.settle(args, 200)
     args.gpu_memory = plan.least_share(shape, args)
     parts = plan.memory(shape, args, APO(args))
     update = plan.peak(dict(parts, sampling=0))
-    return dict(update_gib=round(update, 1), words=plan.verdict(shape, args, APO(args)))
+    words = plan.verdict(shape, args, APO(args))
+    return dict(update_gib=round(update, 1), words=words)
 
 
 if __name__ == "__main__":
