@@ -12,7 +12,6 @@ What an earlier start has finished in out/NAME/ is not run again. → experiment
 """
 
 import re
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -20,9 +19,11 @@ import numpy as np
 from experiments import lab
 
 SEARCH_SEED = 100
-COLOURS = dict(apo="tab:red", grpo="tab:blue", rebel="tab:green", ppo="tab:orange")
-PANELS = dict(step="steps", all_tokens="tokens (A*-PO: with Stage 1)", clock="seconds (A*-PO: with Stage 1)",
-              kl="KL to π_ref (nats per completion)")
+NAMES = dict(apo="A*-PO", grpo="GRPO", rebel="REBEL", ppo="PPO")
+PANELS = {"step": "steps",
+          "all_tokens": "tokens (A*-PO: with Stage 1)",
+          "clock": "seconds (A*-PO: with Stage 1)",
+          "kl": "KL to π_ref (nats per completion)"}
 
 
 def main():
@@ -35,45 +36,44 @@ def main():
     add("--reach", type=float, nargs="+", default=[0.80, 0.90], help="accuracies to which costs are counted")
     args = parser.parse_args()
 
-    stage1(args, SEARCH_SEED, threads=1)
-    tries = list(product(lab.NAMES, args.lrs, args.betas))
-    rewards = lab.side_by_side(args, [partial(search, args, *choice) for choice in tries])
-    chosen = {}
-    for _, choice in sorted(zip(rewards, tries)):
-        chosen[choice[0]] = choice[1:]  # the last, which is the best, stays
-
-    runs = {algorithm: [] for algorithm in lab.NAMES}
-    for seed, algorithm in product(range(args.seeds), lab.NAMES):
-        rows = train(args, algorithm, *chosen[algorithm], seed, "--eval_every=2")
-        first = stage1_cost(stage1(args, seed).parent) if algorithm == "apo" else (0, 0)
-        add_costs(rows, *first)
-        runs[algorithm].append(dict(measures(rows, args.reach), curve=points(rows)))
-    table = {algorithm: lab.over_seeds(seeds) for algorithm, seeds in runs.items()}
+    stage1(args, SEARCH_SEED, **lab.ONE_THREAD)
+    tries = list(product(NAMES, args.lrs, args.betas))
+    rewards = lab.side_by_side(args, search, tries)
     searched = {" ".join(choice): reward for choice, reward in zip(tries, rewards)}
+    chosen = {}
+    for _, (algorithm, *best) in sorted(zip(rewards, tries)):
+        chosen[algorithm] = best  # the last, whose reward is the highest, stays
+
+    runs = {algorithm: [] for algorithm in NAMES}
+    for seed, algorithm in product(range(args.seeds), NAMES):
+        rows = train(args, algorithm, *chosen[algorithm], seed, "--eval_every=2")
+        tokens, seconds = 0, 0.0
+        if algorithm == "apo":
+            tokens, seconds = stage1_cost(stage1(args, seed).parent)
+        add_costs(rows, tokens, seconds)
+        runs[algorithm].append(measures(rows, args.reach))
+    table = {algorithm: lab.over_seeds(seeds) for algorithm, seeds in runs.items()}
     lab.save(args.name, search=searched, chosen=chosen, table=table, runs=runs)
     draw(args.name, runs)
-    digits = {key: 0 if "tokens" in key else 2 for key in table["apo"]}
-    digits["accuracy"] = 3
-    rows = []
+    header, rows = ["", "lr", "β2", *table["apo"]], []
     for algorithm, row in table.items():
-        numbers = [lab.pm(pair, digits[key]) for key, pair in row.items()]
-        rows.append([lab.NAMES[algorithm], ", ".join(chosen[algorithm]), *numbers])
-    lab.show(["", "lr, β2", *digits], rows)
+        rows.append([NAMES[algorithm], *chosen[algorithm], *map(lab.pm, row.values())])
+    lab.show(header, rows)
 
 
-def stage1(args, seed, **keywords):
-    return lab.stage1(args, f"out/{args.name}/stage1/{seed}", f"--seed={seed}", **keywords)
+def stage1(args, seed, **environment):
+    return lab.stage1(args, f"out/{args.name}/stage1/{seed}", f"--seed={seed}", **environment)
 
 
-def train(args, algorithm, lr, beta, seed, *flags, **keywords):
+def train(args, algorithm, lr, beta, seed, *flags, **environment):
     out = f"out/{args.name}/{algorithm}/{lr}-{beta}-{seed}"
-    vstar = stage1(args, seed, **keywords)
-    flags = f"--lr={lr}", f"--beta2={beta}", f"--seed={seed}", "--decode_rows=1024", *flags
-    return lab.train(args, out, vstar, *flags, algorithm=algorithm, **keywords)
+    vstar = stage1(args, seed, **environment)
+    flags += f"--lr={lr}", f"--beta2={beta}", f"--seed={seed}", "--decode_rows=1024"
+    return lab.train(args, out, vstar, *flags, algorithm=algorithm, **environment)
 
 
 def search(args, *choice):
-    rows = train(args, *choice, SEARCH_SEED, "--eval_every=100000", threads=1)
+    rows = train(args, *choice, SEARCH_SEED, "--eval_every=100000", **lab.ONE_THREAD)
     return lab.mean("reward", rows)
 
 
@@ -87,41 +87,34 @@ def stage1_cost(out):
 def add_costs(rows, tokens, seconds):
     """What was spent up to each row. The clock counts the phases of the steps, not the evaluations."""
     for row in rows:
-        tokens += row["tokens"]
-        seconds += lab.seconds_of(row)
+        took = lab.seconds_of(row)
+        tokens += took * row.get("tokens_per_second", 0)
+        seconds += took
         row.update(all_tokens=tokens, clock=seconds)
 
 
 def measures(rows, reach):
-    """What the table holds of one run. NaN: it never came so far."""
-    found = dict(seconds=rows[-1]["clock"])
-    for goal in reach:
-        there = next((row for row in rows if row.get("accuracy", 0) >= goal), {})
-        for name, key in dict(steps="step", seconds="clock", tokens="all_tokens").items():
-            found[f"{name} to {goal:.2f}"] = there.get(key, np.nan)
-    found.update(memory_gb=rows[-1]["memory_gb"], kl=rows[-1]["kl"])
-    return dict(found, accuracy=lab.accuracies(rows)[-1])
-
-
-def points(rows):
-    """A column for each panel, then the accuracy."""
+    """What the table and the picture hold of one run. NaN: it never came so far."""
+    found = {key: rows[-1][key] for key in ("clock", "memory_gb", "kl", "accuracy")}
     evaluated = [row for row in rows if "accuracy" in row]
-    return [[row.get(key, 0) for key in (*PANELS, "accuracy")] for row in evaluated]
+    for goal in reach:
+        there = next((row for row in evaluated if row["accuracy"] >= goal), {})
+        for key in ("step", "clock", "all_tokens"):
+            found[f"{key} to {goal}"] = there.get(key, np.nan)
+    # a column for each panel, then the accuracy
+    found["curve"] = [[row.get(key, 0) for key in (*PANELS, "accuracy")] for row in evaluated]
+    return found
 
 
 def draw(name, runs):
-    """Held-out accuracy over steps, tokens, seconds and the KL: each seed thin, their mean thick."""
-    with lab.picture(name, 1, len(PANELS), (14, 3.3), sharey=True) as (axes,):
+    """Held-out accuracy over steps, tokens, seconds and the KL."""
+    with lab.picture(name, len(PANELS)) as axes:
         for algorithm, seeds in runs.items():
             *columns, accuracy = np.transpose([run["curve"] for run in seeds])  # (points, seeds) each
-            colour = COLOURS[algorithm]
             for axis, x in zip(axes, columns):
-                axis.plot(x, accuracy, color=colour, linewidth=0.5, alpha=0.4)
-                axis.plot(x.mean(1), accuracy.mean(1), color=colour, label=lab.NAMES[algorithm])
+                lab.draw_seeds(axis, x, accuracy, NAMES[algorithm])
         for axis, label in zip(axes, PANELS.values()):
-            axis.set(xlabel=label)
-        axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))
-        axes[0].legend(frameon=False)
+            axis.set_xlabel(label)
 
 
 if __name__ == "__main__":

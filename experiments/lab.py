@@ -9,35 +9,31 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 from experiments.baselines import ALGORITHMS
-from train import APO
 
-matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results"
-NAMES = dict(apo="A*-PO", grpo="GRPO", rebel="REBEL", ppo="PPO")
+ONE_THREAD = dict(OMP_NUM_THREADS="1")
 PHASES = ("sampling", "reference", "update")  # of a step; evaluations and checkpoints do not count
 
 
 def make_parser(description, steps=None, seeds=5):
     """A parser; with `steps` it has the flags of runs, which are those of the embedded world by default."""
-    first_line = description.splitlines()[0]
-    parser = ArgumentParser(description=first_line, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.description = description.splitlines()[0]
+    add = parser.add_argument
     if steps is not None:
-        add = parser.add_argument
         add("--stage1", default="@tiny/vstar.args", help="vstar.py's flags")
         add("--train", default="@tiny/train.args", help="train.py's flags, before those that are varied")
         add("--launch", default=sys.executable, help="what starts a script: 'torchrun --nproc_per_node 8'")
@@ -51,61 +47,45 @@ def make_parser(description, steps=None, seeds=5):
 # runs
 
 
-def run(args, script, out, done, *flags, threads=None):
+def run(args, script, out, done, *flags, **environment):
     """A script, or a baseline by its name, unless an earlier start ran it to its end with the same flags."""
-    flags = [*map(str, flags)]
-    command, finished = shlex.join(flags), out / f"{script}.seconds"
-    if finished.exists() and finished.read_text().partition("\n")[2] == command:
+    command, finished = shlex.join(flags), out / f"{script}.finished"
+    if finished.exists() and finished.read_text() == command:
         return
     out.mkdir(parents=True, exist_ok=True)
     started = ["-m", "experiments.baselines", script] if script in ALGORITHMS else [f"{script}.py"]
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    began = time.perf_counter()
     with open(out / f"{script}.log", "w") as log:
-        process = subprocess.run(
-            [*shlex.split(args.launch), *started, *flags],
-            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-        )
+        process = subprocess.run([*shlex.split(args.launch), *started, *flags],
+                                 cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)
     if process.returncode or not (out / done).exists():
         sys.exit(f"{script} {command} failed; see {log.name}")
-    finished.write_text(f"{time.perf_counter() - began:.2f}\n{command}")
+    finished.write_text(command)
 
 
-def took(out, script):
-    """The wall-clock seconds of a `run`, evaluations and start included."""
-    return float((ROOT / out / f"{script}.seconds").read_text().split()[0])
-
-
-def stage1(args, out, *flags, **keywords):
+def stage1(args, out, *flags, **environment):
     """→ the file with V̂*"""
-    out = ROOT / out
-    vstar = out / "vstar.jsonl"
+    vstar = ROOT / out / "vstar.jsonl"
     first = shlex.split(args.stage1)
-    run(args, "vstar", out, vstar.name, *first, f"--out={vstar}", *flags, **keywords)
+    run(args, "vstar", vstar.parent, vstar.name, *first, f"--out={vstar}", *flags, **environment)
     return vstar
 
 
-def train(args, out, vstar, *flags, algorithm="apo", **keywords):
+def train(args, out, vstar, *flags, algorithm="apo", **environment):
     """→ the rows of metrics.jsonl"""
     out = ROOT / out
-    files = f"--vstar={vstar}", f"--out={out}/run"
-    common = f"--steps={args.steps}", "--show_every=0", "--save_every=100000"
     script = "train" if algorithm == "apo" else algorithm
     first = shlex.split(args.train)
-    run(args, script, out, "run/model", *first, *files, *common, *flags, **keywords)
+    first += [f"--vstar={vstar}", f"--out={out}/run", f"--steps={args.steps}"]
+    first += ["--show_every=0", "--save_every=100000"]
+    run(args, script, out, "run/model", *first, *flags, **environment)
     shutil.rmtree(out / "run/checkpoint", ignore_errors=True)  # 18 GB a run at 1.5B
-    settings = json.loads((out / "run/config.json").read_text())["settings"]
-    completions = settings.get("group") or ALGORITHMS.get(algorithm, APO).completions
-    rows = read(out / "run/metrics.jsonl")
-    for row in rows:  # the tokens written in this step
-        row["tokens"] = row.get("length", 0) * settings["batch_size"] * completions
-    return rows
+    return read(out / "run/metrics.jsonl")
 
 
-def side_by_side(args, calls):
-    """Untimed work, --jobs at a time: [function] → [result]"""
+def side_by_side(args, function, choices):
+    """Untimed work, --jobs at a time: [function(args, *choice) for choice in choices]"""
     with ThreadPoolExecutor(args.jobs) as pool:
-        return list(pool.map(lambda call: call(), calls))
+        return list(pool.map(lambda choice: function(args, *choice), choices))
 
 
 def read(path):
@@ -116,8 +96,7 @@ def read(path):
 # ----------------------------------------------------------------------------------------------------------
 # models of a shape, with random weights
 
-# as in the config.json of each Qwen2.5:
-# hidden size, layers, heads, heads of keys and values, inner size, vocabulary, tied embeddings
+# as in the config.json of each Qwen2.5, in the order of `config_of`
 SHAPES = {
     "toy": (64, 2, 2, 1, 128, 151936, True),  # to try a script
     "0.5B": (896, 24, 14, 2, 4864, 151936, True),
@@ -129,13 +108,12 @@ SHAPES = {
 }
 
 
-def config_of(shape, **more):
-    hidden, layers, heads, kv, inner, vocabulary, tied = SHAPES[shape]
-    return transformers.Qwen2Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-        intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=tied,
-        max_position_embeddings=32768, **more,
-    )
+def config_of(shape):
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "vocab_size", "tie_word_embeddings")
+    sizes = dict(zip(names, SHAPES[shape]))
+    tokens = dict(eos_token_id=0, pad_token_id=0, bos_token_id=None)  # the embedded world's
+    return transformers.Qwen2Config(**sizes, **tokens, max_position_embeddings=32768)
 
 
 def random_model(shape):
@@ -143,8 +121,7 @@ def random_model(shape):
     folder = ROOT / f"out/random-{shape}"
     if not (folder / "tokenizer_config.json").exists():
         torch.manual_seed(0)
-        config = config_of(shape, eos_token_id=0, pad_token_id=0, bos_token_id=None)
-        model = transformers.Qwen2ForCausalLM(config)
+        model = transformers.Qwen2ForCausalLM(config_of(shape))
         model.to(torch.bfloat16).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder)
     return str(folder)
@@ -164,8 +141,9 @@ def seconds_of(row, phases=PHASES):
     return sum(row["seconds"][phase] for phase in phases)
 
 
-def accuracies(rows):
-    return [row["accuracy"] for row in rows if "accuracy" in row]
+def curve(rows):
+    """[(step, held-out accuracy)]"""
+    return [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
 
 
 def mean(key, rows):
@@ -178,14 +156,14 @@ def over_seeds(runs):
     for key, value in runs[0].items():
         if isinstance(value, (int, float)):
             values = [run[key] for run in runs]
-            deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
+            deviation = np.std(values, ddof=1) if len(runs) > 1 else np.nan
             table[key] = np.round([np.mean(values), deviation], 4).tolist()
     return table
 
 
-def pm(pair, digits=3):
-    """[mean, deviation] → mean ± deviation"""
-    return " ± ".join(f"{number:.{digits}f}" for number in pair if number == number)
+def pm(pair):
+    """[mean, deviation] → mean ± deviation; of one seed the mean alone"""
+    return " ± ".join(f"{number:g}" for number in pair if number == number)
 
 
 def show(header, rows):
@@ -195,42 +173,47 @@ def show(header, rows):
 
 
 @contextmanager
-def picture(name, rows, columns, size, **more):
-    """Axes to draw on, saved as experiments/results/NAME.png."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **more)
+def picture(name, columns=1):
+    """Axes side by side, to draw held-out accuracy on. Saved as experiments/results/NAME.png."""
+    figure = Figure(figsize=(3 + 3 * columns, 4), layout="constrained")
+    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    axes[0].set(ylabel="held-out accuracy", ylim=(0, 1))
     yield axes
-    for axis in axes.flat:
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
     figure.savefig(RESULTS / f"{name}.png", dpi=110)
-    plt.close(figure)
+
+
+def draw_seeds(axis, x, y, label):
+    """(points, seeds) each: their mean, and every seed as a thin line"""
+    (line,) = axis.plot(x.mean(1), y.mean(1), label=label)
+    axis.plot(x, y, color=line.get_color(), linewidth=0.5, alpha=0.4)
 
 
 def machine():
     """What a number was measured with."""
-    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     script = sys.modules["__main__"].__spec__.name
-    found = dict(
-        command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
-        cpu=f"{os.cpu_count()} × {names[0] if names else platform.machine()}",
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-    )
+    names = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     if torch.cuda.is_available():
-        found["gpu"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return found
+        names.append(torch.cuda.get_device_name())
+    return dict(command=shlex.join(["python", "-m", script, *sys.argv[1:]]),
+                processors=Counter(names),  # {CPU: cores, GPU: 1}
+                python=platform.python_version(),
+                torch=torch.__version__,
+                transformers=transformers.__version__)
 
 
 def save(name, **results):
-    """experiments/results/NAME.json, a line per entry. JSON has no NaN, which becomes null."""
-    text = partial(json.dumps, ensure_ascii=False)
+    """experiments/results/NAME.json. JSON has no NaN, which becomes null."""
+    text = json.dumps(dict(machine=machine(), **results))
+    results = json.loads(text, parse_constant=lambda _: None)
+    (RESULTS / f"{name}.json").write_text(in_lines(results, 2) + "\n")
 
-    def block(texts):
-        return "{\n" + ",\n".join(f"{text(key)}: {value}" for key, value in texts.items()) + "\n}"
 
-    results = json.loads(text(dict(machine=machine(), **results)), parse_constant=lambda _: None)
-    for key, value in results.items():
-        inner = isinstance(value, dict)
-        results[key] = block({k: text(v) for k, v in value.items()}) if inner else text(value)
-    (RESULTS / f"{name}.json").write_text(block(results) + "\n", encoding="utf-8")
+def in_lines(value, depth):
+    """JSON, with a line for each entry down to this depth."""
+    if depth == 0 or not isinstance(value, dict):
+        return json.dumps(value)
+    lines = [f"{json.dumps(key)}: {in_lines(inner, depth - 1)}" for key, inner in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"

@@ -1,9 +1,8 @@
-"""What a run will hold in memory and how long it takes at least, before a GPU is asked for.
+"""What Stage 2 will hold in memory and how long a step takes at least, before a GPU is asked for.
 
-    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B                 Stage 2, with train.py's flags
-    python -m experiments.plan 8xH100 --stage 1 --model Qwen/Qwen2.5-7B --data math     with vstar.py's flags
+    python -m experiments.plan 8xH100 --model Qwen/Qwen2.5-7B                           with train.py's flags
     python -m experiments.plan 8xH100 --algorithm grpo --model Qwen/Qwen2.5-7B          with a baseline's, too
-    python -m experiments.plan --vstar out/vstar.jsonl     on this machine; model and lengths are Stage 1's
+    python -m experiments.plan --vstar out/vstar.jsonl     on a CPU; model and lengths are Stage 1's
 
 It reads the model's config alone and loads no weights. The weights, gradients and optimizer states of each
 GPU are counted. The activations are not a formula but this code run on fake tensors, so they hold for any
@@ -33,7 +32,7 @@ import vstar
 from experiments.baselines import ALGORITHMS
 from rewards import fail
 from train import APO, LoraPolicy, Policy, Sample
-from vstar import WORLD, Completion, run_script
+from vstar import Completion, run_script
 
 # memory in GiB, dense bf16 FLOP/s, bytes/s of memory, and (one way) to other GPUs of the node, by the makers'
 # data sheets
@@ -50,38 +49,34 @@ OBJECTIVES = {APO.name: APO, **ALGORITHMS}
 
 def main():
     args = parse_args()
-    prompt, completion = 200, None
-    if args.stage == 2 and args.model is None:
+    if args.model is None:
         prompt, completion = lengths_of_stage1(args)
-    prompt = args.prompt_tokens or prompt
-    completion = args.answer_tokens or completion or args.max_new_tokens / 2
-    settle(args, prompt)
-    if args.stage == 1:
-        plan_stage1(args, prompt, completion)
     else:
-        plan_training(args, OBJECTIVES[args.algorithm](args), prompt, completion)
+        prompt, completion = 200, args.max_new_tokens / 2
+    prompt = args.prompt_tokens or prompt
+    completion = args.answer_tokens or completion
+    settle(args, prompt)
+    show(args, OBJECTIVES[args.algorithm](args), prompt, completion)
 
 
 def parse_args():
-    """The machine, what is planned, and the flags of the script that is planned."""
+    """The machine, the algorithm, and the flags of train.py or of a baseline."""
     named = len(sys.argv) > 1 and sys.argv[1][0] != "-"
-    ranks, gpu = read_machine(sys.argv.pop(1) if named else "")
+    ranks, gpu = read_machine(sys.argv.pop(1) if named else "CPU")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--stage", type=int, choices=[1, 2], default=2)
     first.add_argument("--algorithm", choices=OBJECTIVES, default="apo")
     first.error = fail
     chosen, sys.argv[1:] = first.parse_known_args()
-    parser = vstar.make_parser() if chosen.stage == 1 else train.make_parser(OBJECTIVES[chosen.algorithm])
-    parser.prog = f"python -m experiments.plan [8xH100] [--stage 1] [--algorithm {'|'.join(OBJECTIVES)}]"
+    parser = train.make_parser(OBJECTIVES[chosen.algorithm])
+    parser.prog = f"python -m experiments.plan [8xH100] [--algorithm {'|'.join(OBJECTIVES)}]"
+    parser.set_defaults(temperature=1.0)
     add = parser.group("the plan")
-    if chosen.stage == 2:
-        add("--model", str, "a Hugging Face model folder or hub id; default: Stage 1's, as all that follows")
-        add("--revision", str, "branch, tag or commit on the hub")
-        add("--max_new_tokens", 1024, "of an answer, at the most")
-        parser.set_defaults(temperature=1.0)
+    add("--model", str, "a Hugging Face model folder or hub id; default: Stage 1's, as all that follows")
+    add("--revision", str, "branch, tag or commit on the hub")
+    add("--max_new_tokens", 1024, "of an answer, at the most")
     add("--prompt_tokens", float, "mean tokens of a prompt; default: 200, where --model is given")
     add("--answer_tokens", float, "mean tokens of an answer; default: half of --max_new_tokens, likewise")
-    args = vstar.read_flags(parser, "vstar" if chosen.stage == 1 else "train")
+    args = vstar.read_flags(parser, "train")
     vars(args).update(vars(chosen), ranks=ranks, gpu=gpu)
     return args
 
@@ -99,41 +94,32 @@ def settle(args, prompt):
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.gpu in GPUS else "float32"
     args.width = math.ceil(prompt) + args.max_new_tokens
-    args.lr = args.stage == 2 and (args.lr or 1e-6)  # a baseline asks for it
+    args.lr = args.lr or 1e-6  # a baseline asks for it
     if args.engine == "auto":  # vLLM would hold the merged weights of --lora in fp32
-        rounds = args.stage == 2 and args.lora and args.dtype == "bfloat16"
-        args.engine = "vllm" if args.gpu in GPUS and not rounds else "transformers"
+        lora_in_bf16 = args.lora and args.dtype == "bfloat16"
+        args.engine = "vllm" if args.gpu in GPUS and not lora_in_bf16 else "transformers"
 
 
 def read_machine(text):
-    """'8xH100' → (8, 'H100'); '' is this machine."""
-    if not text:
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        known = [gpu for gpu in GPUS if gpu in re.findall(r"\w+", name)]  # L4 is not L40S
-        text = f"{WORLD}x{(known or [name])[0]}"
+    """'8xH100' → (8, 'H100'); 'CPU' → (1, 'CPU')"""
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", text)
-    if not found or found[2].upper() not in {*GPUS, "CPU"}:
+    if not found or found[2] not in {*GPUS, "CPU"}:
         fail(f"{text}: say how many of which, as in 8xH100 (known: {', '.join(GPUS)}, CPU)")
-    return int(found[1] or 1), found[2].upper()
+    return int(found[1] or 1), found[2]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Stage 2
-
-
-def plan_training(args, objective, prompt, completion):
-    """Prints what train.py will need; prompt and completion: mean tokens."""
-    shape, on_gpu = load_shape(args.model, args.revision), args.gpu in GPUS
+def show(args, objective, prompt, completion):
+    """Prints what a run will need; prompt and completion: mean tokens."""
+    shape = load_shape(args.model, args.revision)
     parts = memory(shape, args, objective)
     print(f"{args.model}: {shape.total:,} parameters, {args.ranks} × {args.gpu}, "
-          f"--algorithm {objective.name}, {args.dtype}, --engine {args.engine}; planned, not measured\n")
-    print("on each " + ("GPU" if on_gpu else "process"))
+          f"--algorithm {objective.name}, {args.dtype}, --engine {args.engine}")
+    print("planned, not measured, on each:")
     for name, size in parts.items():
-        print(f"  {name:34s}{size:9.2f} GiB")
-    room = f" and about {OVERHEAD:g} for CUDA and NCCL, of {GPUS[args.gpu][0]}" if on_gpu else ""
-    print(f"  {'at the most at a time':34s}{peak(parts):9.2f} GiB{room}")
+        print(f"  {name:24s}{size:9.2f} GiB")
+    print(f"  {'at the most at a time':24s}{peak(parts):9.2f} GiB")
     print(f"host memory: {2 * shape.total / 2**30:.1f} GiB a process, while it reads the model")
-    if not on_gpu:
+    if args.gpu not in GPUS:
         return
     print(verdict(shape, args, objective))
     floor = step_floor(shape, args, objective, prompt, completion)
@@ -143,8 +129,7 @@ def plan_training(args, objective, prompt, completion):
     # communication can hide behind the computing
     work = floor["sampling"] + max(floor["reference"] + floor["update"], floor["communication"])
     if args.steps:
-        hours = args.steps * work / 3600
-        print(f"{args.steps} steps: at least {hours:.2f} h, {hours * args.ranks:.1f} GPU hours")
+        print(f"{args.steps} steps: at least {args.steps * work / 3600:.2f} h")
 
 
 def networks_of(objective):
@@ -155,7 +140,11 @@ def networks_of(objective):
     asked = set()
 
     def stand_in(name):
-        return lambda input_ids, **_: asked.add(name) or torch.zeros(len(input_ids), input_ids.shape[1] - 1)
+        def network(input_ids, **_):
+            asked.add(name)
+            return torch.zeros(len(input_ids), input_ids.shape[1] - 1)
+
+        return network
 
     trained = 1 + len(objective.networks(stand_in))
     sample = Sample(dict(tokens=[0], vstar=0.0), Completion([0], True, [0.0]), "", 0.0, 0)
@@ -165,13 +154,13 @@ def networks_of(objective):
 
 
 def memory(shape, args, objective):
-    """GiB on each process in Stage 2: {part: GiB}"""
+    """What each process holds: {part: GiB}"""
     total, block, rest = shape.total, shape.block, shape.rest
     dtype, on_gpu = getattr(torch, args.dtype), args.gpu in GPUS
     b = dtype.itemsize
     recompute = args.recompute == "yes" or (args.recompute == "auto" and on_gpu)
     rows = max(1, args.tokens_per_microbatch // args.width)
-    most, kept, additions = activations(shape, dtype, rows, args.width, recompute, on_gpu, args.lora)
+    added, additions = activations(shape, dtype, rows, args.width, recompute, on_gpu, args.lora)
     trained, _ = networks_of(objective)
     whole = trained - bool(args.lora)  # networks that are trained whole: a critic is
     learned = total * whole + additions
@@ -191,8 +180,7 @@ def memory(shape, args, objective):
              # with --lora the frozen network that the additions stand on
              "reference": b * total / args.ranks,
              "gathered by FSDP": gathered,
-             "kept activations": kept,
-             "head's chunk, or a block at work": most - kept,
+             "activations": added,
              "sampling": sampling}
     return {name: size / 2**30 for name, size in parts.items()}
 
@@ -208,8 +196,7 @@ def step_floor(shape, args, objective, prompt, completion):
     """Seconds that a step takes at least on each GPU: {phase: seconds}; prompt and completion: mean tokens"""
     _, flops, bandwidth, link = GPUS[args.gpu]
     b = getattr(torch, args.dtype).itemsize
-    rows = args.batch_size * objective.completions / args.ranks
-    vllm = args.engine == "vllm"
+    rows, vllm = args.batch_size * objective.completions / args.ranks, args.engine == "vllm"
     waves = 1 if vllm else math.ceil(rows / args.decode_rows)
     # seconds in which every GPU gets all weights, at one byte each
     ring = shape.total * (args.ranks - 1) / args.ranks / link
@@ -247,66 +234,28 @@ def least_share(shape, args):
 
 def verdict(shape, args, objective):
     """Does it fit? If not, what would make it fit?"""
-    room = GPUS[args.gpu][0]
+    room = GPUS[args.gpu][0] - OVERHEAD
 
     def need(**changes):
-        changed = Namespace(**{**vars(args), **changes})
+        changed = Namespace(**vars(args) | changes)
         if changed.engine == "vllm" and changed.gpu_memory < least_share(shape, changed):
             return math.inf
-        return peak(memory(shape, changed, objective)) + OVERHEAD
+        return peak(memory(shape, changed, objective))
 
     if need() <= room:
-        return "it fits"
+        return f"it fits into {room:g} GiB ({OVERHEAD:g} are left to CUDA and NCCL)"
     smaller = dict(tokens_per_microbatch=args.width)
     if args.engine == "vllm":
         sampling = dict(gpu_memory=least_share(shape, args))
     else:
         sampling = dict(decode_rows=max(1, args.decode_rows // 8))
-    remedies = [smaller, sampling, {**smaller, **sampling}]
-    for count in [2**k for k in range(1, 11)]:
-        remedies += [dict(ranks=count), dict(ranks=count, **sampling)]
+    remedies = [smaller, sampling, smaller | sampling]
+    remedies += [dict(ranks=2**k, **more) for k in range(1, 11) for more in ({}, sampling)]
     for changes in remedies:
         if need(**changes) <= room:
             named = " and ".join(f"--{key} {value}" for key, value in changes.items())
             return "it does not fit; it would with " + re.sub(r"--ranks (\d+)", r"\1 GPUs", named)
     return "it does not fit, on any number of GPUs: each samples with the whole model"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Stage 1
-
-
-def plan_stage1(args, prompt, completion):
-    """Prints what vstar.py will need; prompt and completion: mean tokens."""
-    shape, dtype = load_shape(args.model, args.revision), getattr(torch, args.dtype)
-    weights, loop = dtype.itemsize * shape.total / 2**30, sampler_bytes(shape, args) / 2**30
-    print(f"{args.model}: {shape.total:,} parameters, {args.ranks} × {args.gpu}, {args.dtype}")
-    print("planned, not measured\n\non each")
-    print(f"  {'weights':40s}{weights:9.2f} GiB")
-    print(f"  {f'transformers: --decode_rows {args.decode_rows} at work':40s}{loop:9.2f} GiB")
-    if args.gpu == "CPU":
-        return
-    size, flops, bandwidth, _ = GPUS[args.gpu]
-    cache = cache_per_token(shape, dtype.itemsize)
-    room = args.gpu_memory * size - weights
-    at_once = int(room * 2**30 / (args.width * cache))
-    print(f"  {'left to vLLM for keys and values':40s}{room:9.2f} GiB   "
-          f"({at_once:,} answers of full length at a time)")
-    if at_once < 1:
-        print("it does not fit: raise --gpu_memory, or take a larger GPU")
-        return
-    fits = weights + loop + OVERHEAD <= size
-    print("it fits" if fits else "it fits with vLLM; for transformers lower --decode_rows")
-    # vLLM's own bounds, by the GPU's memory; an A100 counts as small
-    at_once = min(at_once, 1024 if size >= 70 and args.gpu != "A100" else 256)
-    answers = (args.limit or 1000) * args.samples
-    each = answers / args.ranks
-    # as one ends the next takes its place, and no answer is shorter than itself
-    steps = max(args.max_new_tokens, each * completion / at_once)
-    read = steps * dtype.itemsize * shape.read + each * completion * cache * (prompt + completion / 2)
-    hours = max(read / bandwidth, forward_flops(shape, each, 0, completion) / flops) / 3600
-    print(f"\n{answers:,} answers of {completion:.0f} tokens, {at_once:,} at a time: "
-          f"at least {60 * hours:.1f} minutes, {hours * args.ranks:.2f} GPU hours")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -324,16 +273,15 @@ class Shape:
 
 @cache
 def load_shape(model, revision=None):
-    try:
-        config = transformers.AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
-        fail(f"--model {model}: {error}")
+    config = vstar.from_pretrained(transformers.AutoConfig, model, revision)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
-    blocks = [count(m) for m in model.modules() if type(m).__name__ in set(model._no_split_modules or [])]
+    of_blocks = model._no_split_modules or []  # the names of their classes
+    blocks = [count(module) for module in model.modules() if type(module).__name__ in of_blocks]
     total, table = count(model), model.get_input_embeddings().weight
-    read = total - (0 if model.get_output_embeddings().weight is table else table.numel())
+    tied = model.get_output_embeddings().weight is table
+    read = total - (0 if tied else table.numel())
     return Shape(config, total, max(blocks, default=0), total - sum(blocks), read)
 
 
@@ -361,29 +309,26 @@ class Live(TorchDispatchMode):
 
 @cache
 def activations(shape, dtype, rows, width, recompute, gpu, rank):
-    """→ the bytes that a micro-batch's forward and backward pass add at the most to weights and gradients; of
-    these, what is kept from the forward pass for the backward pass; and the parameters that --lora adds"""
+    """→ the bytes that a micro-batch's forward and backward pass add at the most to weights and gradients,
+    and the parameters that --lora adds"""
     with FakeTensorMode(), Live() as live:
         model = transformers.AutoModelForCausalLM.from_config(shape.config, dtype=dtype)
         policy = LoraPolicy(model, rank, dtype, 0, recompute) if rank else Policy(model, recompute)
         learned = [p for p in policy.parameters() if p.requires_grad]
         for parameter in learned:  # a gradient leaves as soon as it is whole: they are counted elsewhere
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        before, ids = live.now, torch.zeros(rows, width, dtype=torch.long)
+        before = live.most = live.now
+        ids = torch.zeros(rows, width, dtype=torch.long)
         hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        kept = live.now - before
-        live.most = live.now
-        # the head alone, as in Policy.forward: how much do its chunks add?
+        # the head, in chunks as in Policy.forward
         leaf = hidden.detach().reshape(-1, hidden.shape[-1]).requires_grad_()
         targets, chunk = ids.reshape(-1), policy.chunk(gpu)
         logps = [checkpoint(policy.head, s, t, 1.0, use_reentrant=False)
                  for s, t in zip(leaf.split(chunk), targets.split(chunk))]
         torch.cat(logps).sum().backward()
-        of_head = live.most - before
         # and then the blocks
-        live.most, gradient = live.now, leaf.grad
-        hidden.backward(gradient.view_as(hidden))
-        return max(of_head, live.most - before), kept, sum(p.numel() for p in learned) if rank else 0
+        hidden.backward(leaf.grad.view_as(hidden))
+        return live.most - before, sum(p.numel() for p in learned) if rank else 0
 
 
 def sampler_bytes(shape, args):

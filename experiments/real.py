@@ -11,10 +11,8 @@ them). evaluate.py measures pass@k. Restartable: what is in out/real/ is not run
 runs on one GPU at a time.
 """
 
-import json
 import random
 import shlex
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -23,8 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import lab
+from experiments.compare import stage1_cost
 from train import Policy
-from vstar import pass_at_k
+from vstar import pass_at_k, write_rows
 
 FOLDER = lab.ROOT / "out/real"
 # SmolLM2's own template without its system message, which would be half of all tokens
@@ -41,10 +40,10 @@ KS = (1, 2, 4, 8)
 # π_ref
 
 
-def problems(count, seed=0):
+def problems(count):
     """Different sums of two numbers of two digits."""
     every = [*product(range(10, 100), repeat=2)]
-    pairs = random.Random(seed).sample(every, count)
+    pairs = random.Random(0).sample(every, count)
     return [dict(question=f"{a} + {b}", answer=str(a + b)) for a, b in pairs]
 
 
@@ -55,9 +54,9 @@ def slip(rng, answer):
     return answer[:position] + another + answer[position + 1 :]
 
 
-def warm_up(tokenizer, model, problems, steps, lr=5e-5, wrong=0.25, batch=16, seed=0):
+def warm_up(tokenizer, model, problems, steps, lr=5e-5, wrong=0.25, batch=16):
     """Supervised: down −ln π of the demonstrations, of which a share is wrong."""
-    rng, policy = random.Random(seed), Policy(model)
+    rng, policy = random.Random(0), Policy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         warm = min(1, (step + 1) / 10)
@@ -82,10 +81,8 @@ def warm_up(tokenizer, model, problems, steps, lr=5e-5, wrong=0.25, batch=16, se
 def make_world(args):
     """The problems, and a π_ref that was shown none of those to train on and to test on."""
     sums = problems(4096)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, first, end in ("train", 0, 768), ("test", 1024, 1280):
-        lines = map(json.dumps, sums[first:end])
-        (FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    write_rows(FOLDER / "train.jsonl", sums[:768])
+    write_rows(FOLDER / "test.jsonl", sums[1024:1280])
     if (FOLDER / "reference/tokenizer_config.json").exists():
         return
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -110,25 +107,24 @@ def main():
     parser.add_argument("--lessons", type=int, default=64, help="supervised steps")
     parser.add_argument("--ways", nargs="+", default=["full", "lora16"], choices=WAYS)
     args = parser.parse_args()
-    args.threads = 1 if args.jobs > 1 else None
+    args.environment = lab.ONE_THREAD if args.jobs > 1 else {}
     make_world(args)
     before = measured(args, FOLDER / "before", FOLDER / "reference")
-    lab.side_by_side(args, [partial(stage1, args, seed) for seed in range(args.seeds)])
+    lab.side_by_side(args, stage1, [(seed,) for seed in range(args.seeds)])
     tries = [*product(args.ways, range(args.seeds))]
-    found = lab.side_by_side(args, [partial(one, args, *run) for run in tries])
+    found = lab.side_by_side(args, one, tries)
     runs = {f"{way} {seed}": run for (way, seed), run in zip(tries, found)}
-    lab.save("real", settings=vars(args), before=before, runs=runs)
+    lab.save("real", before=before, runs=runs)
     print("π_ref", before)
-    with lab.picture("real", 1, 1, (6, 4)) as ((axis,),):
+    with lab.picture("real") as (axis,):
         for name, run in runs.items():
             axis.plot(*zip(*run.pop("curve")), label=name)
             print(name, run)
-        axis.set(title="held-out accuracy, temperature 1", xlabel="step", ylim=(0, 1))
-        axis.legend(frameon=False)
+        axis.set_xlabel("steps")
 
 
 def stage1(args, seed):
-    return lab.stage1(args, FOLDER / f"stage1/{seed}", f"--seed={seed}", threads=args.threads)
+    return lab.stage1(args, FOLDER / f"stage1/{seed}", f"--seed={seed}", **args.environment)
 
 
 def one(args, way, seed):
@@ -136,23 +132,22 @@ def one(args, way, seed):
     algorithm, flags = WAYS[way]
     out, first = FOLDER / way / str(seed), stage1(args, seed)
     flags = [f"--seed={seed}", *flags]
-    rows = lab.train(args, out, first, *flags, algorithm=algorithm, threads=args.threads)
-    seconds = lab.took(out, "train" if algorithm == "apo" else algorithm)
+    rows = lab.train(args, out, first, *flags, algorithm=algorithm, **args.environment)
+    seconds = sum(map(lab.seconds_of, rows))
     if algorithm == "apo":  # the others do not need Stage 1
-        seconds += lab.took(first.parent, "vstar")
+        seconds += stage1_cost(first.parent)[1]
     keys = ("reward", "kl", "entropy", "length")
     last = {key: lab.mean(key, rows[-5:]) for key in keys}
     memory = max(row["memory_gb"] for row in rows[1:])
-    curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
     passes = measured(args, out / "eval", out / "run/model")
-    return dict(passes, **last, minutes=seconds / 60, memory_gb=memory, curve=curve)
+    return dict(passes, **last, minutes=seconds / 60, memory_gb=memory, curve=lab.curve(rows))
 
 
 def measured(args, folder, model):
     """{pass@k} on problems that no run trains on; fp32 on a GPU too: bf16 would round LoRA's additions."""
     flags = [f"--model={model}", f"--data={FOLDER}/test.jsonl", *ASK, "--limit=128", f"--samples={KS[-1]}",
              "--dtype=float32", f"--out={folder}"]
-    lab.run(args, "evaluate", folder, "results.json", *flags, threads=args.threads)
+    lab.run(args, "evaluate", folder, "results.json", *flags, **args.environment)
     (answers,) = folder.glob("*.jsonl.jsonl")
     rewards = np.array([row["rewards"] for row in lab.read(answers)])
     return {f"pass@{k}": float(pass_at_k(rewards, k).mean()) for k in KS}

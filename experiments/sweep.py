@@ -2,25 +2,22 @@
 
     python -m experiments.sweep seeds --seeds 5 --steps 120
     python -m experiments.sweep lora --ways apo 'apo --lora=16 --lr=1.5e-3' 'grpo --group=4'
-    python -m experiments.sweep wide --world '--digits 1 2 3 4 5 6 7 8 --steps 3600'
     python -m experiments.sweep long --ways apo 'apo --filter=unsolved after --data=long.jsonl'
 
 A way is an algorithm (apo, grpo, rebel or ppo) and its flags of Stage 2. A way that needs a Stage 1 of its
-own names flags for that behind the word `after`; all others share one per seed. --world makes a π_ref and its
-problems first. What an earlier start has finished in out/NAME/ is not run again.
+own names flags for that behind the word `after`; all others share one per seed. What an earlier start has
+finished in out/NAME/ is not run again.
 """
 
 import re
 import shlex
-import subprocess
-import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from experiments import lab
+from vstar import batched
 
 MEANS = ("reward", "loss", "kl", "length")  # in the table: those of the last ten steps
 
@@ -29,33 +26,23 @@ def main():
     parser = lab.make_parser(__doc__, steps=40, seeds=3)
     parser.add_argument("name", help="of the results, and of the folder in out/")
     parser.add_argument("--ways", nargs="+", default=["apo"], help="each: ALGORITHM FLAGS [after FLAGS]")
-    parser.add_argument("--world", help="tiny/make.py's flags: make a world first, and train in it")
     args = parser.parse_args()
-    if args.world:
-        make_world(args)
     runs = list(product(args.ways, range(args.seeds)))
     firsts = {(first_flags(way), seed) for way, seed in runs}  # several ways share one
-    lab.side_by_side(args, [partial(stage1, args, *first) for first in firsts])
-    found = lab.side_by_side(args, [partial(stage2, args, *run) for run in runs])
+    lab.side_by_side(args, stage1, firsts)
+    found = lab.side_by_side(args, stage2, runs)
 
-    table, curves = {}, {}
-    for i, way in enumerate(args.ways):
-        seeds = found[i * args.seeds :][: args.seeds]
+    table, curves, rows = {}, {}, []
+    for way, seeds in zip(args.ways, batched(found, args.seeds)):
         table[way] = lab.over_seeds(seeds)
         curves[way] = [run["curve"] for run in seeds]
+        rows.append([f"`{way}`", *map(lab.pm, table[way].values())])
     lab.save(args.name, steps=args.steps, table=table, curves=curves)
-    draw(args.name, curves)
-    cells = {way: map(lab.pm, row.values()) for way, row in table.items()}
-    lab.show(["", *table[way]], [[f"`{way}`", *row] for way, row in cells.items()])
-
-
-def make_world(args):
-    world = Path("out", args.name, "world")
-    args.stage1 += f" @{world}/vstar.args"
-    args.train += f" --eval_data={world}/test.jsonl"
-    if not (lab.ROOT / world / "vstar.args").exists():  # it is written last
-        command = [sys.executable, "tiny/make.py", *shlex.split(args.world), f"--out={world}"]
-        subprocess.run(command, cwd=lab.ROOT, check=True)
+    lab.show(["", *table[way]], rows)
+    with lab.picture(args.name) as (axis,):
+        for way, seeds in curves.items():
+            lab.draw_seeds(axis, *np.transpose(seeds), way)  # steps and accuracies, (points, seeds) each
+        axis.set_xlabel("steps")
 
 
 def first_flags(way):
@@ -69,7 +56,7 @@ def folder(args, name, seed):
 
 def stage1(args, flags, seed):
     out = folder(args, f"stage1 {flags}", seed)
-    return lab.stage1(args, out, f"--seed={seed}", *shlex.split(flags), threads=1)
+    return lab.stage1(args, out, f"--seed={seed}", *shlex.split(flags), **lab.ONE_THREAD)
 
 
 def stage2(args, way, seed):
@@ -77,23 +64,10 @@ def stage2(args, way, seed):
     algorithm, *flags = shlex.split(way.partition(" after ")[0])
     vstar = stage1(args, first_flags(way), seed)  # already there
     out = folder(args, way, seed)
-    rows = lab.train(args, out, vstar, f"--seed={seed}", *flags, algorithm=algorithm, threads=1)
+    rows = lab.train(args, out, vstar, f"--seed={seed}", *flags, algorithm=algorithm, **lab.ONE_THREAD)
     late = {key: lab.mean(key, rows[-10:]) for key in MEANS}
-    seconds = sum(map(lab.seconds_of, rows))
-    curve = [(row["step"], row["accuracy"]) for row in rows if "accuracy" in row]
-    return dict(accuracy=curve[-1][1], **late, seconds=seconds, curve=curve)
-
-
-def draw(name, curves):
-    """Held-out accuracy: a line for the mean over seeds, a band from the lowest to the highest."""
-    with lab.picture(name, 1, 1, (7, 4)) as ((axis,),):
-        for way, seeds in curves.items():
-            steps, accuracy = np.transpose(seeds)  # (points, seeds) each
-            x = steps[:, 0]
-            axis.plot(x, accuracy.mean(1), label=way)
-            axis.fill_between(x, accuracy.min(1), accuracy.max(1), alpha=0.2)
-        axis.set(xlabel="steps", ylabel="held-out accuracy", ylim=(0, 1))
-        axis.legend(frameon=False)
+    seconds, curve = sum(map(lab.seconds_of, rows)), lab.curve(rows)
+    return dict(accuracy=rows[-1]["accuracy"], **late, seconds=seconds, curve=curve)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 import train
 from experiments import baselines
@@ -27,7 +26,7 @@ from tests.helpers import (
     weights,
     whole,
 )
-from vstar import read_flags
+from vstar import batched, read_flags
 
 
 def baseline(name, rows, out, *more):
@@ -39,62 +38,25 @@ def baseline(name, rows, out, *more):
 
 
 def test_rebel_by_hand():
-    # two answers, one right: log-ratios 0.3 and −0.1 over η = 2 make 0.2, the rewards differ by 1: (0.2 − 1)²
+    # log-ratios of 0.3 and −0.1, over η = 2, differ by 0.2; the rewards differ by 1: (0.2 − 1)²
     logp, old_logp = tensor([[-1.0, -2.0]]), tensor([[-1.3, -1.9]])
     loss = baselines.rebel_loss(logp, old_logp, tensor([[1.0, 0.0]]), 2.0)
     assert loss.tolist() == pytest.approx([0.64])
 
 
-def test_grpo_by_hand():
+def test_a_group_compares_its_completions():
     # one right of four: mean 1/4, deviation (n − 1) 1/2 → advantages 3/2 and −1/2
     advantage = baselines.group_advantage(tensor([[1.0, 0, 0, 0]]))
     assert advantage[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
-    # two tokens: ratio 1 (gain 3/2) and ratio 2, clipped to 1.2 (gain 1.8); a third column is no token
-    # π_ref gives the second half as much as π: its KL estimate is 1/2 + ln 2 − 1
-    logp = tensor([[-1.0, math.log(0.5), -9.0]])
-    old = tensor([[-1.0, math.log(0.25), 0.0]])
-    mask, kl = tensor([[True, True, False]]), 0.5 + math.log(2) - 1
-    loss = baselines.grpo_loss(logp, old, old, tensor([1.5]), mask, 0.1, 0.2)
-    assert loss.item() == pytest.approx((-(1.5 + 1.8) + 0.1 * kl) / 2)
-    # a worse answer whose ratio has grown is not spared: the minimum takes the unclipped
-    worse = baselines.clipped_surrogate(tensor(math.log(2)), tensor(0.0), tensor(-1.0), 0.2)
-    assert worse.item() == pytest.approx(2)
-
-
-@pytest.mark.parametrize("r", [0.0, 1.0])
-def test_a_group_of_equals_teaches_nothing(r):
-    logp = torch.full((8, 3), -1.0, requires_grad=True)
-    advantage = baselines.group_advantage(torch.full((1, 8), r)).flatten()
-    old = logp.detach()
-    loss = baselines.grpo_loss(logp, old, old, advantage, torch.ones(8, 3), 0.1, 0.2)
-    loss.sum().backward()
-    assert not advantage.any() and not logp.grad.any()
+    # equals teach nothing
+    assert not baselines.group_advantage(torch.ones(1, 8)).any()
 
 
 @pytest.mark.parametrize("critic_lr,expected", [(None, 3e-3), (1e-5, 1e-5)])
 def test_the_critic_is_ten_times_as_fast(critic_lr, expected):
-    args = some_args(critic_lr=critic_lr, lr=3e-4)
-    assert [lr for _, lr in PPO(args).networks(lambda kind: None)] == [pytest.approx(expected)]
-
-
-@pytest.mark.parametrize("lam", [1.0, 0.7, 0.0])
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_gae_against_the_double_sum(gamma, lam):
-    """The λ-weighted mean of the k-step estimates, the last of which takes all that is left."""
-    rng = torch.Generator().manual_seed(0)
-    reward, value = torch.randn(2, 3, 7, dtype=torch.float64, generator=rng)
-    lengths = (6, 4, 1)
-    for row, length in enumerate(lengths):
-        reward[row, length:] = value[row, length:] = 0
-    advantage = baselines.gae(reward, value, gamma, lam)
-    for r, v, found, length in zip(reward, value, advantage, lengths):
-        for t in range(length):
-            expected = 0.0
-            for k in range(1, length - t + 1):
-                rewards = sum(gamma**j * r[t + j] for j in range(k))
-                weight = lam ** (k - 1) * (1 - lam if t + k < length else 1)
-                expected += weight * (rewards + gamma**k * v[t + k] - v[t])
-            assert found[t] == pytest.approx(expected.item())
+    ppo = PPO(some_args(critic_lr=critic_lr, lr=3e-4))
+    ((_, lr),) = ppo.networks(lambda kind: None)
+    assert lr == pytest.approx(expected)
 
 
 def test_gae_and_value_loss_by_hand():
@@ -120,45 +82,53 @@ def surrogate(args, logp, old_logp, advantage):
 
 
 def naive_rebel(args, samples, known):
-    """Over log-ratio minus gain, each of the two answers by itself."""
+    """Log-ratio over η minus gain, of each of the two completions by itself."""
     off = []
-    for sample, new, old, ref in zip(samples, known.logp, known.old_logp, known.ref_logp):
+    for i, sample in enumerate(samples):
+        new, old, ref = known.logp[i], known.old_logp[i], known.ref_logp[i]
         gain = sample.reward - args.beta2 * (old - ref).sum()
         off.append((new - old).sum() / args.eta - gain)
-    losses = [(one - other) ** 2 for one, other in zip(off[::2], off[1::2])]
+    losses = [(one - other) ** 2 for one, other in batched(off, 2)]
     return sum(losses) / len(losses), tensor(0.0)
 
 
 def naive_grpo(args, samples, known):
-    loss, rewards = 0.0, np.reshape([sample.reward for sample in samples], (-1, args.group))
-    advantages = rewards - rewards.mean(1, keepdims=True)
-    if not args.dr_grpo:
-        advantages /= rewards.std(1, ddof=1, keepdims=True) + 1e-6
-    for a, *answer in zip(advantages.flat, known.logp, known.old_logp, known.ref_logp):
-        length = args.max_new_tokens if args.dr_grpo else len(answer[0])
-        for new, old, ref in zip(*answer):
+    loss = 0.0
+    for i, sample in enumerate(samples):
+        first = i - i % args.group
+        rewards = [other.reward for other in samples[first : first + args.group]]
+        advantage = sample.reward - np.mean(rewards)
+        length = len(known.logp[i])
+        if args.dr_grpo:
+            length = args.max_new_tokens
+        else:
+            advantage /= np.std(rewards, ddof=1) + 1e-6
+        for new, old, ref in zip(known.logp[i], known.old_logp[i], known.ref_logp[i]):
             kl = (ref - new).exp() - (ref - new) - 1
-            loss += (surrogate(args, new, old, a) + args.beta2 * kl) / length
+            loss += (surrogate(args, new, old, advantage) + args.beta2 * kl) / length
     return loss / len(samples), tensor(0.0)
 
 
 def naive_ppo(args, samples, known):
-    loss, critic_loss, advantages = 0.0, 0.0, []
-    answers = zip(samples, known.old_logp, known.ref_logp, known.old_value)
-    for sample, old_logp, ref_logp, old_value in answers:
-        gains = (-args.beta2 * (old_logp - ref_logp)).tolist()
-        gains[-1] += sample.reward
-        v = [*old_value.tolist(), 0.0]
-        delta = [gain + args.gamma * v[t + 1] - v[t] for t, gain in enumerate(gains)]
-        decay = (args.gamma * args.lam) ** np.arange(len(delta))
-        advantages.append([decay[: len(delta) - t] @ delta[t:] for t in range(len(delta))])
+    advantages = []
+    for i, sample in enumerate(samples):
+        rewards = -args.beta2 * (known.old_logp[i] - known.ref_logp[i])
+        rewards[-1] += sample.reward
+        value = [*known.old_value[i].tolist(), 0.0]
+        deltas = []
+        for t, reward in enumerate(rewards.tolist()):
+            deltas.append(reward + args.gamma * value[t + 1] - value[t])
+        decay = (args.gamma * args.lam) ** np.arange(len(deltas))
+        advantages.append([decay[: len(deltas) - t] @ deltas[t:] for t in range(len(deltas))])
     every = np.concatenate(advantages)
+    loss, critic_loss = 0.0, 0.0
     for per_token in zip(known.logp, known.old_logp, known.value, known.old_value, advantages):
-        for new, old, v, old_v, a in zip(*per_token):
-            whitened = (a - every.mean()) / math.sqrt(every.var() + 1e-8)
+        for new, old, value, old_value, advantage in zip(*per_token):
+            whitened = (advantage - every.mean()) / math.sqrt(every.var() + 1e-8)
             loss += surrogate(args, new, old, whitened)
-            near = clip(v, old_v, args.value_clip)
-            critic_loss += max((v - a - old_v) ** 2, (near - a - old_v) ** 2) / 2
+            returns = advantage + old_value
+            near = clip(value, old_value, args.value_clip)
+            critic_loss += max((value - returns) ** 2, (near - returns) ** 2) / 2
     return loss / len(every), critic_loss / len(every)
 
 
@@ -178,10 +148,10 @@ def make_critic(kind, recompute, seed):
 ])
 def test_update_is_naive_autograd(algorithm, naive_loss, kind, temperature, recompute, dr_grpo, monkeypatch):
     monkeypatch.setattr(train.Policy, "chunk", lambda *_: 7)
-    flags = dict(group=8, eta=0.5, clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8, passes=2)
-    args = some_args(**flags, dr_grpo=dr_grpo, temperature=temperature)
-    critic = dict(make_critic=make_critic) if algorithm is PPO else {}
-    compare_with_autograd(algorithm(args), naive_loss, kind, recompute, **critic)
+    args = some_args(group=8, eta=0.5, passes=2, dr_grpo=dr_grpo, temperature=temperature)
+    vars(args).update(clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8)
+    critic = make_critic if algorithm is PPO else None
+    compare_with_autograd(algorithm(args), naive_loss, kind, recompute, critic)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,14 +177,9 @@ def test_each_runs_and_resumes(name, lora, all_rows, tmp_path):
     rows = metrics(tmp_path / "one")
     assert [row["step"] for row in rows] == list(range(5))
     assert rows[1]["log_ratio_abs"] < 1e-5 < rows[2]["log_ratio_abs"]
-    assert ("critic_loss" in rows[1]) == (name == "ppo")
     for steps in (2, 4):
         inside(*command("two", steps))
     assert metrics(tmp_path / "two") == rows and weights(tmp_path / "two") == weights(tmp_path / "one")
-    if lora:  # a checkpoint has the policy's additions, and all of the critic
-        saved = FileSystemReader(tmp_path / "one/checkpoint/00000004").read_metadata().state_dict_metadata
-        networks = [name.partition(".model.")[0] for name in saved if "embed_tokens" in name]
-        assert networks and all(network.endswith("1") for network in networks)
 
 
 @long
@@ -242,7 +207,6 @@ def test_it_learns(name, more, all_rows, tmp_path):
 
 @pytest.mark.parametrize("command,words", [
     ([], ["ppo|grpo|rebel"]),
-    (["apo"], ["ppo|grpo|rebel"]),
     (["grpo", "--passes=0"], ["--passes", "0 is too small"]),
     (["rebel", "--group=4"], ["unrecognized arguments: --group=4"]),
     (["ppo", "--clip_ratio=0"], ["--clip_ratio", "is too small"]),

@@ -32,8 +32,7 @@ def test_every_part_runs_at_toy_size(contact):
     assert set(found) == {"machine", "difference", *gpu.PARTS}
     skipped = [] if importlib.util.find_spec("vllm") else ["vllm"]
     assert [part for part in gpu.PARTS if "skipped" in found[part]] == skipped
-    assert all(f"\n{part} " in f"\n{said}" for part in found if part != "machine")
-    assert {part for part in found if found[part].get("holds")} >= {"difference", "restart", "transformers"}
+    assert all(found[part]["holds"] for part in ("difference", "restart", "transformers"))
     assert found["restart"]["steps_alike_to_the_bit"] == found["restart"]["steps"] == 2
     full, lora = (found["phases"][way] for way in ("apo", "apo-lora"))
     measured = ("sampling", "update", "tokens_per_second", "mfu", "peak_gib")

@@ -1,18 +1,15 @@
 """The plan against what an update allocates, against sums by hand, and as a user asks for it."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import transformers
 
 import train
-from experiments import plan
+from experiments import lab, plan
 from experiments.baselines import GRPO, PPO, REBEL
 from tests.helpers import (
     HERE,
-    ends_in_one_line,
     inside,
     long,
     read_jsonl,
@@ -28,9 +25,9 @@ from vstar import Completion
 
 def settled(**more):
     """What Stage 2's plan works with."""
-    usual = dict(recompute="auto", engine="transformers", decode_rows=1, gamma=1, lam=1, critic_lr=1e-5,
-                 lr=1e-6, width=128, tokens_per_microbatch=1024)
-    return some_args(**{**usual, **more})
+    usual = dict(recompute="auto", engine="transformers", decode_rows=1, width=128)
+    usual |= dict(tokens_per_microbatch=1024, lr=1e-6, critic_lr=1e-5, gamma=1, lam=1)
+    return some_args(**usual | more)
 
 
 @whole
@@ -47,10 +44,9 @@ def test_plan_is_what_an_update_allocates(kind, recompute, lora):
     args = settled(recompute=recompute, lora=lora, ranks=1, gpu="CPU", dtype="float32")
     objective = train.APO(args)
     make = lambda: small_model(4000, kind, hidden=128, layers=4)
-    problem = dict(id="0", tokens=[*range(8)], vstar=0.5, rewards=[1.0])
     completion = Completion([*range(1000, 1120)], True, [-1.0] * 120)
-    samples = [train.Sample(problem, completion, "", 1.0, i) for i in range(16)]
-    config = make().config
+    sample = train.Sample(dict(tokens=[*range(8)], vstar=0.5), completion, "", 1.0, 0)
+    config, total = make().config, make().num_parameters()
     with plan.Live() as live:
         if lora:
             policy = train.LoraPolicy(make(), lora, torch.float32, 0, recompute == "yes")
@@ -60,15 +56,12 @@ def test_plan_is_what_an_update_allocates(kind, recompute, lora):
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
         run = run_of(objective, policy, reference, optimizer)
         for _ in range(2):
-            train.update(run, samples, objective.constants(run, samples))
+            train.update(run, [sample] * 16, objective.constants(run, [sample] * 16))
     learned = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in policy.parameters())
-    shape = plan.Shape(config, total - learned if lora else total, 0, 0, 0)
-    parts = plan.memory(shape, args, objective)
+    parts = plan.memory(plan.Shape(config, total, 0, 0, 0), args, objective)
     assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
     assert parts["AdamW (fp32)"] * 2**30 == 8 * learned and parts["gathered by FSDP"] == 0
-    # not only weights
-    assert parts["kept activations"] + parts["head's chunk, or a block at work"] > 0.2 * plan.peak(parts)
+    assert parts["activations"] > 0.2 * plan.peak(parts)  # not only weights
 
 
 @whole
@@ -149,10 +142,9 @@ def planned(tmp_path):
 
     def ask(*flags, layers=28, check=True):
         folder = tmp_path / str(layers)  # one each: the plan reads a folder's config once
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dict(
-            model_type="qwen2", hidden_size=3584, num_hidden_layers=layers, num_attention_heads=28,
-            num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)))
+        config = lab.config_of("7B")
+        config.num_hidden_layers, config.layer_types = layers, None
+        config.save_pretrained(folder)
         return inside("-m", "experiments.plan", *flags, f"--model={folder}", check=check)
 
     return ask
@@ -160,15 +152,14 @@ def planned(tmp_path):
 
 @long
 def test_plan_says_what_would_fit(planned):
-    for words, *flags in (
-        ("7,615,616,512 parameters", "8xH100"),
-        ("it fits\n", "8xH100"),
-        ("it would with 4 GPUs\n", "1xH100"),
-        ("it fits\n", "1xH100", "--lora=16"),
-        ("it would with --tokens_per_microbatch 1224 and --decode_rows 32\n", "1xL4", "--lora=16"),
-        ("it would with --gpu_memory 0.2\n", "8xH100", "--gpu_memory=0.1"),
-    ):
-        assert words in planned(*flags).stdout
+    words = planned("8xH100").stdout
+    assert "7,615,616,512 parameters" in words and "it fits into 78 GiB" in words
+    assert "it fits" in planned("1xH100", "--lora=16").stdout
+    would = "it does not fit; it would with "
+    assert f"{would}4 GPUs\n" in planned("1xH100").stdout
+    assert f"{would}--gpu_memory 0.2\n" in planned("8xH100", "--gpu_memory=0.1").stdout
+    small = planned("1xL4", "--lora=16").stdout
+    assert f"{would}--tokens_per_microbatch 1224 and --decode_rows 32\n" in small
 
 
 @whole
@@ -180,34 +171,16 @@ def test_plan_of_a_short_model(planned):
 
 
 @whole
-def test_plan_of_stage1(planned):
-    words = planned("8xH100", "--data=math", "--stage=1").stdout
-    assert "14.19 GiB" in words and "it fits" in words  # 7.6 billion weights of two bytes
-    # a GPU's 1,000 answers of 512 tokens: 1,024 times 7.07 billion weights (no embeddings), and keys and
-    # values of 57,344 bytes a token, 456 tokens on average, are 27.9 TB, read in 8.3 s; products take 7.3 s
-    assert "at least 0.1 minutes, 0.02 GPU hours" in words
-
-
-@whole
 def test_plan_of_what_stage1_wrote(all_rows, monkeypatch):
-    """Model and lengths are Stage 1's, and the machine is this one."""
+    """Model and lengths are Stage 1's."""
     words = inside("-m", "experiments.plan", f"--vstar={all_rows}").stdout
-    assert words.startswith(f"tiny/model: {tiny_model().num_parameters():,} parameters, 1 × CPU")
+    assert f"tiny/model: {tiny_model().num_parameters():,} parameters, 1 × CPU" in words
     monkeypatch.chdir(HERE)
     args = train.make_parser(train.APO).parse_args([f"--vstar={all_rows}"])
     prompt, completion = plan.lengths_of_stage1(args)
     rows = read_jsonl(all_rows)
     assert completion == np.mean([row["lengths"] for row in rows])
     assert prompt == np.mean([len(row["prompt"]) for row in rows])  # a token a character
-
-
-def test_this_machine(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name, found in ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA L40S", "L40S"):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert plan.read_machine("") == (1, found)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    ends_in_one_line(capsys, lambda: plan.read_machine(""), "Tesla T4", "H100")
 
 
 def test_bad_machines(planned):

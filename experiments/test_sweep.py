@@ -29,15 +29,16 @@ def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
         return json.loads((tmp_path / "toy.json").read_text(), parse_constant=pytest.fail)
 
     monkeypatch.setattr(lab, "machine", dict)
-    monkeypatch.setattr(lab, "side_by_side", lambda args, calls: [call() for call in calls])
+    one_by_one = lambda args, call, choices: [call(args, *choice) for choice in choices]
+    monkeypatch.setattr(lab, "side_by_side", one_by_one)
     monkeypatch.setattr(lab.subprocess, "run", in_this_process)
     found = start(APO, GRPO)
     assert len(ran) == 8 and (tmp_path / "toy.png").exists()  # both stages, twice each
     for way in APO, GRPO:
-        curves = found["curves"][way]
-        mean = sum(curve[-1][1] for curve in curves) / 2
-        assert len(curves) == 2 and found["table"][way]["accuracy"][0] == round(mean, 4)
-        assert [step for step, _ in curves[0]] == [0, 1, 2]
+        one, other = found["curves"][way]
+        assert [step for step, _ in one] == [0, 1, 2]
+        mean = (one[-1][1] + other[-1][1]) / 2
+        assert found["table"][way]["accuracy"][0] == round(mean, 4)
     for folder, samples in {"stage1_": 1, "stage1_--samples=3": 3}.items():  # GRPO has its own
         rows = lab.read(tmp_path / "toy" / folder / "1/vstar.jsonl")
         assert len(rows) == 8 and len(rows[0]["rewards"]) == samples

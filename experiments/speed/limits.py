@@ -8,7 +8,7 @@ decode floor    each step reads the weights once (not a table of embeddings that
                 × bytes, over the bandwidth
 update floor    forward FLOPs (2 × weights of the blocks × tokens + 2 × vocabulary × hidden × answers' tokens
                 + 2 × layers × heads × head size × Σ length² for the attention), times 3 with the backward
-                pass, over the peak; where blocks and the head are recomputed, the hardware does it times 4
+                pass, over the peak; recomputation counts as none
 overhead        what the decode loop takes beyond the model's forward passes
 
 Bandwidth and peak are a GPU's data sheet (plan.py's table), or what a large copy and a large product of
@@ -43,31 +43,41 @@ def main():
     add("--rounds", type=int, default=5, help="the median of so many counts, after one to warm up")
     add("--name", default="limits")
     args = parser.parse_args()
-    # what a run has, for the update
-    vars(args).update(dtype="auto", engine="transformers", temperature=1.0, beta2=0.1, max_grad_norm=1.0)
+    # what a run has
+    vars(args).update(dtype="auto", engine="transformers")
+    vars(args).update(temperature=1.0, beta2=0.1, max_grad_norm=1.0)
     device = start_process(args, group=True)
     path = lab.random_model(args.shape) if args.shape else args.model
     dtype = getattr(torch, args.dtype)
     model = load_model(path, None, dtype, device).eval()
     shape = plan.load_shape(path)
     flops, bandwidth = limits()
-    named = dict(path=args.shape or args.model, parameters=shape.total, dtype=args.dtype)
-    results = dict(model=named, machine_limit=dict(tflops=flops / 1e12, gb_per_second=bandwidth / 1e9),
-                   decode=decode(args, model, shape, dtype, bandwidth),
-                   update=update(args, model, shape, dtype, flops, device))
-    lab.save(args.name, **results)
-    for name in ("decode", "update"):
-        print(name, results[name])
+    limit = dict(tflops=flops / 1e12, gb_per_second=bandwidth / 1e9)
+    decoding = decode(args, model, shape, dtype, bandwidth)
+    updating = update(args, model, shape, dtype, flops, device)
+    print("decode", decoding, "\nupdate", updating)
+    lab.save(args.name, machine_limit=limit, decode=decoding, update=updating)
 
 
-def seconds_of(call, rounds):
-    taken = []
-    for _ in range(rounds + 1):
+def timed(call, taken):
+    """The same function, which appends the seconds that it took."""
+
+    def wrapped(*inputs, **keywords):
         began = time.perf_counter()
-        call()
+        result = call(*inputs, **keywords)
         if GPU:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
+        return result
+
+    return wrapped
+
+
+def seconds_of(call, rounds):
+    """The median of so many calls, after one to warm up."""
+    taken = []
+    for _ in range(rounds + 1):
+        timed(call, taken)()
     return float(np.median(taken[1:]))
 
 
@@ -77,7 +87,9 @@ def limits():
     for name, (_, flops, bandwidth, _) in plan.GPUS.items():
         if name in words:
             return flops, bandwidth
-    size, many, dtype = (8192, 1 << 28, torch.bfloat16) if GPU else (2048, 1 << 26, torch.float32)
+    size, many, dtype = 2048, 1 << 26, torch.float32
+    if GPU:
+        size, many, dtype = 8192, 1 << 28, torch.bfloat16
     with torch.device("cuda" if GPU else "cpu"):
         one, other = torch.randn(2, size, size, dtype=dtype)
         block, target = torch.zeros(2, many)  # 256 MB each, or 1 GB
@@ -93,38 +105,25 @@ def decode(args, model, shape, dtype, bandwidth):
     prompts = [rng.choices(range(1, 19), k=length) for length in lengths]
     sampler = TransformersSampler(model, [-1], args.tokens, 1.0, args.decode_rows)
     call = lambda: sampler.generate(prompts, 1, list(range(args.decode_rows)))
-    whole, inside, forward = seconds_of(call, args.rounds), [], model.forward
-
-    def timed(*inputs, **keywords):
-        began = time.perf_counter()
-        result = forward(*inputs, **keywords)
-        if GPU:
-            torch.cuda.synchronize()
-        inside[-1] += time.perf_counter() - began
-        return result
-
-    model.forward = timed
-    shares = []
-    for _ in range(args.rounds + 1):
-        inside.append(0.0)
-        began = time.perf_counter()
-        call()
-        shares.append((time.perf_counter() - began) / inside[-1] - 1)
+    whole = seconds_of(call, args.rounds)
+    # again, now with the forward passes timed one by one
+    every, forwards, forward = [], [], model.forward
+    model.forward = timed(forward, forwards)
+    for _ in range(args.rounds):
+        timed(call, every)()
     model.forward = forward
     context = sum(len(prompt) + t for prompt in prompts for t in range(1, args.tokens))
     weights = args.tokens * shape.read * dtype.itemsize
     floor = (weights + context * plan.cache_per_token(shape, dtype.itemsize)) / bandwidth
-    written = args.decode_rows * args.tokens
-    return dict(batch=args.decode_rows, seconds=whole, tokens_per_second=written / whole, floor_seconds=floor,
-                share_of_floor=floor / whole, overhead_over_forward=float(np.median(shares[1:])))
+    return dict(seconds=whole, tokens_per_second=args.decode_rows * args.tokens / whole,
+                floor_seconds=floor, share_of_floor=floor / whole,
+                overhead_over_forward=sum(every) / sum(forwards) - 1)
 
 
 def update(args, model, shape, dtype, flops, device):
     completion = Completion([2] * args.tokens, True, [-1.0] * args.tokens)
     problem = dict(id="0", tokens=[1] * args.prompt, vstar=0.5, rewards=[1.0])
     samples = [train.Sample(problem, completion, "", 1.0, i) for i in range(args.rows)]
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
     # fp32 masters, and on a GPU bf16 compute: FSDP2's code on a mesh of one, as in train.py
     policy = train.shard(train.Policy(model.float(), GPU), device, dtype, master=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=GPU)
@@ -136,10 +135,8 @@ def update(args, model, shape, dtype, flops, device):
     seconds = seconds_of(call, args.rounds)
     tokens = args.rows * (args.prompt + args.tokens)
     forward = plan.forward_flops(shape, args.rows, args.prompt, args.tokens)
-    memory = dict(memory_gb=torch.cuda.max_memory_allocated() / 2**30) if GPU else {}
-    return dict(tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds,
-                share_of_peak=3 * forward / flops / seconds,
-                share_with_recomputing=(4 if GPU else 3) * forward / flops / seconds, **memory)
+    return dict(seconds=seconds, tokens_per_second=tokens / seconds,
+                share_of_peak=3 * forward / flops / seconds)
 
 
 if __name__ == "__main__":

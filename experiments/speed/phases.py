@@ -32,18 +32,17 @@ def main():
     add("--name", help="of the results; default: phases-SHAPE")
     args = parser.parse_args()
     args.name = args.name or f"phases-{args.shape}"
-    out, results = lab.ROOT / "out/phases" / args.name, {}
+    out = lab.ROOT / "out/phases" / args.name
     model, long = lab.random_model(args.shape), "1+1=" * (PROMPT // 4 - 2)
     first = lab.stage1(args, out, f"--model={model}", f"--limit={args.prompts}", "--samples=2",
                        f"--max_new_tokens={args.tokens}", f"--prompt={{question}}{long}",
                        "--reward=experiments/lab.py:toss", f"--engine={args.engine}")
     tokens, seconds = stage1_cost(out)
-    settings = dict(prompts=args.batch_size, answer=args.tokens, steps=args.steps,
-                    stage1_tokens_per_second=round(tokens / seconds))
+    results = dict(stage1_tokens_per_second=round(tokens / seconds))
     for way in args.only:
         results[way] = one(args, way, out / way, first, model)
-        print(way, {key: round(value, 3) for key, value in results[way].items()}, flush=True)
-        lab.save(args.name, settings=settings, results=results)
+        print(way, results[way], flush=True)
+        lab.save(args.name, results=results)
 
 
 def one(args, way, out, first, model):
@@ -52,8 +51,7 @@ def one(args, way, out, first, model):
              f"--engine={args.engine}", *["--lora=16"] * bool(lora)]
     Objective, shape = plan.OBJECTIVES[algorithm], plan.load_shape(model)
     settings = train.make_parser(Objective).parse_args(flags)
-    vars(settings).update(stage=2, ranks=1, gpu="CPU", temperature=1.0)
-    settings.max_new_tokens = args.tokens
+    vars(settings).update(ranks=1, gpu="CPU", temperature=1.0, max_new_tokens=args.tokens)
     flops, bandwidth = limits()
     if torch.cuda.is_available():  # as much memory as it has, whatever it is
         memory = torch.cuda.get_device_properties(0).total_memory

@@ -9,10 +9,11 @@ CommonsenseQA keep the answers of their test split to themselves: measure on --s
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import datasets
+
+from vstar import write_rows
 
 SOURCES = {  # name: hub id, config
     "hellaswag": ("Rowan/hellaswag", None),
@@ -41,9 +42,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rows = datasets.load_dataset(*SOURCES[args.name], split=args.split)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(problem(row)) for row in rows]
-    args.out.write_text("\n".join(lines) + "\n")
+    write_rows(args.out, map(problem, rows))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from experiments.tasks.tictactoe import (
     value,
     worked,
 )
-from rewards import final_answers
-from tests.helpers import HERE, inside, long, read_jsonl, settings_in
+from tests.helpers import HERE, inside, long, read_jsonl
+from vstar import batched
 
 SIDES = split(random.Random(0))
 
@@ -50,31 +50,27 @@ def test_positions_known_by_hand(board, moves, worth):
     ("\\boxed{1}", 0),  # taken
     ("3", 0),
     *((text, 0) for text in ("", "\\boxed{", "\\boxed{" * 5000, "\ud800\\boxed{\ud800}")),
-    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "{3}", "3\x00", "٣", "3.0", "-3", "36", "3" * 9999)),
+    *((f"\\boxed{{{move}}}", 0) for move in ("", "X", "3\x00", "٣", "3.0", "36", "3" * 9999)),
 ])
 def test_the_reward(response, worth):
-    row = dict(board="XX3OO6789", answer="no move is read here")
+    row = dict(board="XX3OO6789")
     assert tictactoe.reward(response, row, True) == worth
     assert tictactoe.reward(response, row, False) == 0
 
 
 def test_all_ways_of_turning_a_position_have_one_name():
-    board = "X2O4X678O"
-    ways = "123456789 741852963 987654321 369258147 321654987 789456123 147258369 963852741".split()
-    turned = set()
-    for way in ways:
-        marks = enumerate(cells(board, way), 1)
-        turned.add("".join(cell if cell in "XO" else str(i) for i, cell in marks))
-    assert len(turned) > 1 and {canonical(other) for other in turned} == {canonical(board)}
+    corner = ["XO3456789", "X23O56789", "1OX456789", "12X45O789"]
+    corner += ["1234567OX", "12345O78X", "123456XO9", "123O56X89"]
+    assert len({canonical(board) for board in corner}) == 1
     assert canonical("XO3456789") != canonical("X2345678O")
 
 
 def test_held_out_positions_are_new_in_every_direction():
     learned, held_out = SIDES
     assert len(learned) > 1024 and len(held_out) > 512  # what main() takes
-    assert not {canonical(board) for board in learned} & {canonical(board) for board in held_out}
-    boards = [*learned, *held_out]
-    assert len(boards) == len(set(boards)) == 3191
+    assert not set(map(canonical, learned)) & set(map(canonical, held_out))
+    boards = {*learned, *held_out}
+    assert len(boards) == len(learned + held_out) == 3191
     assert all(0 < len(optimal(board)) < len(free(board)) and not lost(board) for board in boards)
     assert split(random.Random(0)) == SIDES
 
@@ -83,14 +79,12 @@ def test_worked_demonstrations_are_right_unless_they_slip():
     rng, slipped = random.Random(0), 0
     for board in SIDES[0][:500]:
         text = worked(rng, board, slips=0)
-        (move,) = final_answers(text)
-        assert move in optimal(board), (board, text)
-        for i, line in enumerate(LINES):
-            seen = text[4 * i : 4 * i + 4]
-            assert seen[:3] == cells(board, line)
-            if seen[3] == "+":  # a move there wins
-                assert lost(play(board, *free(seen[:3])))
-        slipped += final_answers(worked(rng, board, slips=1))[0] not in optimal(board)
+        assert tictactoe.reward(text, dict(board=board), True)
+        for line, (*seen, sign) in zip(LINES, batched(text, 4)):
+            assert "".join(seen) == cells(board, line)
+            if sign == "+":  # a move there wins
+                assert lost(play(board, *free(seen)))
+        slipped += not tictactoe.reward(worked(rng, board, slips=1), dict(board=board), True)
     assert slipped > 100
     board = "X2O4X678O"
     assert tictactoe.question(board) + worked(rng, board, 0) == (
@@ -109,5 +103,4 @@ def test_both_stages_at_toy_size(tmp_path, monkeypatch):
     inside("vstar.py", f"@{tmp_path}/vstar.args", "--limit=16", "--samples=2", "--engine=transformers")
     few = ["--steps=2", "--batch_size=8", "--eval_limit=8", "--engine=transformers"]
     inside("train.py", f"@{tmp_path}/train.args", *few)
-    assert settings_in(tmp_path / "vstar.config.json")["reward"] == "experiments/tasks/tictactoe.py:reward"
     assert [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]

@@ -16,10 +16,9 @@ the embedded world does. Several seeds, in a table and a picture:
 """
 
 import argparse
-import json
 import random
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from rewards import final_answers
@@ -44,7 +43,7 @@ def optimal(board):
     return [move for move in free(board) if -value(play(board, move)) == value(board)]
 
 
-@lru_cache(None)
+@cache
 def value(board):
     """Minimax: what the player who is to move can enforce. 1 is to win, 0 a draw, -1 to lose."""
     if lost(board):
@@ -82,19 +81,19 @@ def canonical(board):
     return min(found)
 
 
-def split(rng, share=0.25):
+def split(rng):
     """The positions in which some moves are better than others → those to train on, those to test on.
 
     No rotation or mirror image of a position of the one is in the other.
     """
-    boards = waiting = {"123456789"}
+    boards, waiting = set(), {"123456789"}
     while waiting:
-        waiting = {play(board, move) for board in waiting if not lost(board) for move in free(board)}
-        boards = boards | waiting
-    boards = [board for board in sorted(boards)
-              if not lost(board) and len(optimal(board)) < len(free(board))]
+        boards |= waiting
+        waiting = {play(board, move) for board in waiting for move in free(board)}
+        waiting = {board for board in waiting if not lost(board)}
+    boards = [board for board in sorted(boards) if len(optimal(board)) < len(free(board))]
     kinds = sorted({canonical(board) for board in boards})
-    held_out = set(rng.sample(kinds, round(share * len(kinds))))
+    held_out = set(rng.sample(kinds, round(len(kinds) / 4)))
     rng.shuffle(boards)
     sides = [], []
     for board in boards:
@@ -126,50 +125,41 @@ def worked(rng, board, slips):
     return f"{text}\\boxed{{{move}}}"
 
 
-def demonstration(rng, progress, boards, share=0.3, slips=0.015):
+def demonstration(rng, progress, boards):
     """The first half of the lessons is all worked, or the small model would never learn to read the lines."""
     board = rng.choice(boards)
-    if progress < 0.5 or rng.random() < share:
-        return question(board), worked(rng, board, slips)
+    if progress < 0.5 or rng.random() < 0.3:
+        return question(board), worked(rng, board, slips=0.015)
     return question(board), f"\\boxed{{{rng.choice('123456789')}}}"
 
 
-def make_reference(folder, boards, lessons, sums=0.3):
-    """A share `sums` of what it imitates are the embedded world's sums."""
-    from tiny import make  # not above: a reward should load without torch
-
-    def lesson(rng, args, progress):
-        if rng.random() < sums:
-            return make.demonstration(rng, args, progress)
-        return demonstration(rng, progress, boards)
-
-    model, tokenizer = make.make_model(make.parser.parse_args([f"--steps={lessons}"]), lesson, CHARACTERS)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def main():
+    from tiny import make  # here: a reward should load without torch
+    from vstar import write_rows
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lessons", type=int, default=1600, help="supervised steps of π_ref")
     lessons = parser.parse_args().lessons
     learned, held_out = split(random.Random(0))
-    make_reference(FOLDER / "world", learned, lessons)
+
+    def lesson(rng, args, progress):
+        if rng.random() < 0.3:
+            return make.demonstration(rng, args, progress)  # the embedded world's sums
+        return demonstration(rng, progress, learned)
+
+    world = make.parser.parse_args([f"--steps={lessons}"])
+    for part in make.make_model(world, lesson, CHARACTERS):  # the model and its tokenizer
+        part.save_pretrained(FOLDER / "world")
     for name, boards in ("train", learned[:1024]), ("test", held_out[:512]):
-        write(f"{name}.jsonl", map(problem, boards))
-    common = f"--prompt={{question}} --max_new_tokens=48 --decode_rows=1024 --out={FOLDER}/vstar.jsonl"
-    own = "--reward=experiments/tasks/tictactoe.py:reward"
-    write("vstar.args", f"--model={FOLDER}/world --data={FOLDER}/train.jsonl {own} {common}".split())
-    steps = "--steps=60 --eval_every=5"
-    files = f"--vstar={FOLDER}/vstar.jsonl --eval_data={FOLDER}/test.jsonl --out={FOLDER}/run"
-    write("train.args", f"@tiny/train.args {files} {steps}".split())
-
-
-def problem(board):
-    return json.dumps(dict(question=question(board), board=board, answer=" or ".join(optimal(board))))
-
-
-def write(name, lines):
-    (FOLDER / name).write_text("\n".join(lines) + "\n")
+        problems = [dict(question=question(board), board=board) for board in boards]
+        write_rows(FOLDER / f"{name}.jsonl", problems)
+    first = [f"--model={FOLDER}/world", f"--data={FOLDER}/train.jsonl", "--prompt={question}",
+             "--reward=experiments/tasks/tictactoe.py:reward", "--max_new_tokens=48",
+             "--decode_rows=1024", f"--out={FOLDER}/vstar.jsonl"]
+    second = ["@tiny/train.args", f"--vstar={FOLDER}/vstar.jsonl", f"--eval_data={FOLDER}/test.jsonl",
+              "--steps=60", "--eval_every=5", f"--out={FOLDER}/run"]
+    for name, flags in ("vstar", first), ("train", second):
+        (FOLDER / f"{name}.args").write_text("\n".join(flags) + "\n")
 
 
 if __name__ == "__main__":
