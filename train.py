@@ -786,6 +786,7 @@ def check_numbers(numbers, step, args):
     mismatches would follow an engine that drifts away.
     """
     tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats a token; bf16 rounds
+    rounding = tolerance / 100
     per_token = numbers["log_ratio_abs"] / numbers["length"]
     if step == 0 and per_token > tolerance:
         fail_together("before the first update π and π_ref should agree, but ln π differs by "
@@ -796,7 +797,7 @@ def check_numbers(numbers, step, args):
     follows_policy = mismatch <= tolerance  # False for NaN too
     # an engine that kept its first weights agrees with π_ref better than with π. A mismatch far below the
     # tolerance is rounding, which in a batch of few tokens may go to one side by chance
-    kept_first_weights = mismatch > tolerance / 100 and reference_mismatch < mismatch / 2
+    kept_first_weights = mismatch > rounding and reference_mismatch < mismatch / 2
     if kept_first_weights or not follows_policy:
         fail_together(f"the sampler's log-probabilities are off the trainer's by {mismatch:.3g} per token, "
                       f"and off π_ref's by {reference_mismatch:.3g}: does it still hold old weights?")
