@@ -221,7 +221,7 @@ def update(run, samples, constants):
         part_constants = take(constants, chosen, columns)
         part_mask = completion_mask[: len(chosen), 1:]
         for name, losses in objective.losses(part_logp, part_constants, part_mask, inputs):
-            # FSDP averages gradients over processes; times WORLD, over the global count, it is one batch's mean
+            # FSDP averages gradients over processes: times WORLD and over the global count, one batch's mean
             (losses.sum() * WORLD / count).backward()
             sums[name] += losses.sum().item() / count
         logp[chosen, :columns] = part_logp.detach()
