@@ -22,12 +22,13 @@ of completions, no clipping of ratios, no importance weight and no entropy bonus
 A number: where 3 of 8 completions were right, V̂* is 0.61 at β1 = 0.5 (the mean reward is 0.375, the best 1).
 A right completion has the advantage 1 − 0.61 = 0.39, so its ln π shall rise; a wrong one has −0.61.
 
-β1, of V̂*, need not be β2, of the loss. For y ~ π the mean of ∇ ln π(y|x) is 0, so a number that depends on x
-alone changes the gradient's noise, not its mean. The mean gradient of the loss is −2 β2 ∇(E[r] − β2 KL),
-whatever V̂* is, and training ends at the π* of β2. V̂* then serves as a baseline: it says what is usual for
-this prompt, which GRPO samples a group to know. The loss falls, but not to 0. At the π* of β2 every y, right
-or wrong, leaves the same residual, V̂* − V* of β2; and V̂* is only an estimate. (test_apo.py shows these
-claims: test_loss_is_zero_at_the_optimum, test_gradient_is_that_of_reward_minus_kl.)
+The equation holds exactly only if V̂* is the V* of β2. It need not be: β1, of V̂*, need not be β2, of the
+loss. For y ~ π the mean of ∇ ln π(y|x) is 0, so a number that depends on x alone changes the gradient's
+noise, not its mean. That is −2 β2 ∇(E[r] − β2 KL), whatever V̂* is, and training ends at the π* of β2. V̂*
+then serves as a baseline: it says what is usual for this prompt, which GRPO samples a group to know. So the
+loss falls, but not to 0: at this π* every y, right or wrong, leaves the residual V̂* − V*(β2). With the
+numbers above and β2 = 1e-3 V*(β2) is 1.00, and the loss ends near (0.61 − 1.00)² = 0.15. (test_apo.py shows
+these claims: test_loss_is_zero_at_the_optimum, test_gradient_is_that_of_reward_minus_kl.)
 
     python train.py                                                     the embedded world, on any CPU
     torchrun --nproc_per_node 8 train.py --vstar out/vstar.jsonl        a real model (experiments/recipes/)
@@ -167,8 +168,10 @@ class APO:
 def train(run, problems, held_out, start):
     """Steps start … args.steps - 1. → None, or the exit code of a run that a signal stopped
 
-    A step depends only on the weights, AdamW's state and (--seed, step), which decide its prompts and all
-    random numbers. No global generator is used, so none is saved, and a restart repeats what a kill cut off.
+    Steps count from 0 here; metrics.jsonl and checkpoints count those that are done. A step depends only on
+    the weights, AdamW's state and its number: prompts are ordered by (--seed, epoch), and a completion's
+    random numbers follow from (--seed, serial, problem id), where serial = step · batch_size + index in the
+    batch. No global generator is used, so none is saved, and a restart repeats what a kill cut off.
     """
     args, objective, log = run.args, run.objective, Log(run, start)
     if start == 0 and held_out:
@@ -178,7 +181,7 @@ def train(run, problems, held_out, start):
         with log.phase("sampling"):
             samples = rollout(run, prompts_of_step(problems, step, args), objective.completions)
 
-        # 2. what is constant in the loss: ln π_ref(y|x), r and V̂*
+        # 2. what has no gradient in the loss: ln π_ref(y|x) and r, new for each batch, and Stage 1's V̂*(x)
         with log.phase("reference"):
             constants = objective.constants(run, samples)
 
@@ -786,8 +789,8 @@ def check_numbers(numbers, step, args):
     """What silently ruins runs: π is not π_ref at the start, or the engine samples with other weights.
 
     `mismatch` is how far the sampler's ln π of its own tokens is from the trainer's, in nats a token;
-    `reference_mismatch` how far it is from π_ref's. The tolerance is fixed: one that was fitted to past
-    mismatches would follow an engine that drifts away.
+    `reference_mismatch` how far it is from π_ref's. A small lag, below the tolerance, passes. The tolerance
+    is fixed: one that was fitted to past mismatches would follow an engine that drifts away.
     """
     tolerance = 1e-3 if args.dtype == "float32" else 0.1  # nats a token; bf16 rounds
     rounding = tolerance / 100

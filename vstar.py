@@ -459,7 +459,7 @@ class TransformersSampler:
             yield index, self.generate(prompts, n, seeds, first)
 
     def weights_of(self, policy):
-        """It samples from the very weights that are trained."""
+        """It samples from the very module that is trained, whose shards are gathered meanwhile: no copy."""
         self.model = policy
         return policy.gathered()
 
