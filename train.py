@@ -24,11 +24,11 @@ A right completion has the advantage 1 − 0.61 = 0.39, so its ln π shall rise;
 
 The equation holds exactly only if V̂* is the V* of β2. It need not be: β1, of V̂*, need not be β2, of the
 loss. For y ~ π the mean of ∇ ln π(y|x) is 0, so a number that depends on x alone changes the gradient's
-noise, not its mean. That is −2 β2 ∇(E[r] − β2 KL), whatever V̂* is, and training ends at the π* of β2. V̂*
-then serves as a baseline: it says what is usual for this prompt, which GRPO samples a group to know. So the
-loss falls, but not to 0: at this π* every y, right or wrong, leaves the residual V̂* − V*(β2). With the
-numbers above and β2 = 1e-3 V*(β2) is 1.00, and the loss ends near (0.61 − 1.00)² = 0.15. (test_apo.py shows
-these claims: test_loss_is_zero_at_the_optimum, test_gradient_is_that_of_reward_minus_kl.)
+noise, not its mean. The loss's mean gradient is −2 β2 ∇(E[r] − β2 KL), whatever V̂* is, and training ends at
+the π* of β2. V̂* then serves as a baseline: it says what is usual for this prompt, which GRPO samples a group
+to know. So the loss falls, but not to 0: at this π* every y, right or wrong, leaves the residual V̂* −
+V*(β2). With the numbers above and β2 = 1e-3 V*(β2) is 1.00, and the loss ends near (0.61 − 1.00)² = 0.15.
+(test_apo.py shows these claims: test_loss_is_zero_at_the_optimum, test_gradient_is_that_of_reward_minus_kl.)
 
     python train.py                                                     the embedded world, on any CPU
     torchrun --nproc_per_node 8 train.py --vstar out/vstar.jsonl        a real model (experiments/recipes/)
@@ -258,10 +258,10 @@ class Policy(torch.nn.Module):
         self.model, self.config, self.saved_dtype = model, model.config, model.dtype
         names = set(model._no_split_modules or [])
         self.blocks = [module for module in model.modules() if type(module).__name__ in names]
-        if recompute:  # the backward pass computes a block's activations again, not to keep them
-            again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if recompute:  # keep no activations of a block: the backward pass computes them again
             for block in self.blocks:
-                block.forward = again(block.forward)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                        preserve_rng_state=False)
         model.eval()  # for good: with dropout π would not be a function of the weights
 
     def forward(self, completion_mask=None, temperature=1.0, **inputs):

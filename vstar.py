@@ -368,7 +368,7 @@ def grade(args, tokenizer, pairs):
 
 
 def prompt_seed(seed, key):
-    """The seed of one prompt's completions: a hash of the run's seed and of the prompt's id alone."""
+    """A hash of both alone: the seed is --seed, in Stage 2 "--seed/serial"; the key is the problem's id."""
     text = f"{seed}/{key}".encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
 
