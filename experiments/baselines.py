@@ -1,4 +1,4 @@
-"""PPO, GRPO and REBEL in train.py's own loop: what the paper sets A*-PO against.
+"""PPO, GRPO and REBEL, which the paper sets A*-PO against, and OAPL, in train.py's own loop.
 
     python -m experiments.baselines grpo                                    the embedded world, on any CPU
     torchrun --nproc_per_node 8 -m experiments.baselines ppo --vstar out/1.5B/vstar.jsonl
@@ -8,7 +8,7 @@ Prompts, sampler, grader, optimizer, restart and logging are those of A*-PO, bec
 is a subclass of train.APO: how many completions a prompt gets, what the loss takes as constants, and the
 loss. What an algorithm does not need (a critic, groups, the old policy's log-probabilities) is not made for
 it. Without flags a run takes those of tiny/train.args, and it lies in out/NAME. The defaults are those of
-verl, TRL (GRPO's group) and REBEL's release.
+verl, TRL (GRPO's group) and REBEL's release. `constant` is the control: A*-PO without Stage 1's V̂*.
 """
 
 import math
@@ -18,12 +18,36 @@ from pathlib import Path
 import torch
 
 import train
-from train import APO, Policy, on_tokens, sum_over_ranks, token_logps
-from vstar import run_script
+from train import APO, Policy, apo_loss, on_tokens, sum_over_ranks, token_logps
+from vstar import estimate_vstar, run_script
+
+
+class Constant(APO):
+    """A*-PO with one number in V̂*'s place: what is V̂*(x) worth? Where the number does not stand, V̂* stays."""
+
+    name, out = "constant", Path("out/constant")
+
+    @classmethod
+    def add_flags(cls, add):
+        super().add_flags(add)
+        add("--constant", float, "the number; default: the batch's mean reward", zero=True)
+        add("--where", ["all", "solved", "unsolved"], "the prompts on which it stands: all, or those that "
+            "π_ref solved in Stage 1, or those that it did not")
+
+    def constants(self, run, samples):
+        constants = super().constants(run, samples)
+        number = self.args.constant
+        if number is None:
+            total, count = sum_over_ranks([constants["reward"].sum(), len(samples)])
+            number = total / count
+        solved = [max(sample.problem["rewards"]) >= 1 for sample in samples]
+        chosen = [self.args.where in ("all", "solved" if one else "unsolved") for one in solved]
+        vstar = constants["vstar"].masked_fill(torch.tensor(chosen, device=run.device), number)
+        return dict(constants, vstar=vstar)
 
 
 class Baseline(APO):
-    """What the three share: β2 is the weight of their KL to π_ref; several updates may follow one batch."""
+    """What the others share: β2 is the weight of their KL to π_ref; several updates may follow one batch."""
 
     always_old_logp = False
 
@@ -217,7 +241,44 @@ class PPO(Baseline):
         yield "critic_loss", (errors * completion_mask).sum(-1)
 
 
-ALGORITHMS = {kind.name: kind for kind in (PPO, GRPO, REBEL)}
+# -----------------------------------------------------------------------------------------------------------
+# OAPL
+
+
+class OAPL(Baseline):
+    """A*-PO's regression, with the policy that wrote the batch in π_ref's place, and V̂* from the completion's
+    own group (arXiv 2602.19362). So there is no Stage 1, and nothing holds π at π_ref.
+
+    --minibatches 4 takes four steps of a batch, the last three steps behind: the paper's lag. With --beta1
+    inf V̂* is the group's mean reward, and this is PMD-mean (arXiv 2602.05933).
+    """
+
+    name, out, completions = "oapl", Path("out/oapl"), 8
+    most_reward = math.inf  # the KL to π_ref has no bound here
+
+    @classmethod
+    def add_flags(cls, add):
+        add("--beta2", 1e-3, "β2: how strongly the policy is held at the one that wrote the batch")
+        add("--passes", cls.passes, "times that a batch is gone over")
+        add("--group", cls.completions, "completions a prompt")
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.completions = args.group
+
+    def constants(self, run, samples):
+        constants = super().constants(run, samples)
+        groups = [sample.reward for sample in samples]
+        vstar = estimate_vstar(torch.tensor(groups).view(-1, self.completions), self.args.beta1)
+        vstar = torch.tensor(vstar, dtype=torch.float32, device=run.device)
+        return dict(constants, vstar=vstar.repeat_interleave(self.completions))
+
+    def losses(self, logp, constants, completion_mask, inputs):
+        log_pi, old_logp = logp.sum(-1), constants.get("old_logp", logp.detach()).sum(-1)
+        yield "loss", apo_loss(log_pi, old_logp, constants["reward"], constants["vstar"], self.args.beta2)
+
+
+ALGORITHMS = {kind.name: kind for kind in (PPO, GRPO, REBEL, OAPL, Constant)}
 
 
 def main():
