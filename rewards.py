@@ -209,22 +209,25 @@ def text_of(row, field, where):
     return str(content)
 
 
-def make_prompt(tokenizer, problem, template, chat, chat_args=None):
-    """The text that the policy continues: plain for base models, in the tokenizer's template for chat models.
-
-    {field} in `template` is a field of the problem; other braces stand for themselves.
-    """
+def fill(template, problem, flag="--prompt"):
+    """{field} in `template` is a field of the problem; other braces stand for themselves."""
 
     def field(match):
         if problem.get(match[1]) is None:  # so the hub fills what a row lacks
-            fail(f"--prompt: problem {problem['id']} has no field {match[1]!r} "
+            fail(f"{flag}: problem {problem['id']} has no field {match[1]!r} "
                  f"(it has: {', '.join(problem)})")
         return str(problem[match[1]])
 
     text, fields = re.subn(r"\{([A-Za-z_]\w*)\}", field, template)
     if not fields:
-        fail(f"--prompt {template!r}: it asks all the same, "
+        fail(f"{flag} {template!r}: it is the same for all problems, "
              "for it has no field in braces such as {question}")
+    return text
+
+
+def make_prompt(tokenizer, problem, template, chat, chat_args=None):
+    """The text that the policy continues: plain for base models, in the tokenizer's template for chat models."""
+    text = fill(template, problem)
     if not chat:
         if chat_args:
             fail("--chat_args: they are for the template that --chat asks in")

@@ -967,7 +967,7 @@ def guard_settings(args, config, outputs, may_change=(), **more):
             fail(f"{config}: the run was begun with other settings: {', '.join(changed)}; --overwrite throws "
                  "it away")
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    content = dict(settings=settings, samples=args.samples, versions=versions)
+    content = dict(settings=settings, samples=getattr(args, "samples", None), versions=versions)
     write_text(config, json.dumps(content, indent=1) + "\n")
 
 
