@@ -40,10 +40,9 @@ class Constant(APO):
         if number is None:
             total, count = sum_over_ranks([constants["reward"].sum(), len(samples)])
             number = total / count
-        solved = [max(sample.problem["rewards"]) >= 1 for sample in samples]
-        chosen = [self.args.where in ("all", "solved" if one else "unsolved") for one in solved]
-        vstar = constants["vstar"].masked_fill(torch.tensor(chosen, device=run.device), number)
-        return dict(constants, vstar=vstar)
+        kinds = ["solved" if max(sample.problem["rewards"]) >= 1 else "unsolved" for sample in samples]
+        chosen = torch.tensor([self.args.where in ("all", kind) for kind in kinds], device=run.device)
+        return dict(constants, vstar=constants["vstar"].masked_fill(chosen, number))
 
 
 class Baseline(APO):
@@ -268,9 +267,8 @@ class OAPL(Baseline):
 
     def constants(self, run, samples):
         constants = super().constants(run, samples)
-        groups = [sample.reward for sample in samples]
-        vstar = estimate_vstar(torch.tensor(groups).view(-1, self.completions), self.args.beta1)
-        vstar = torch.tensor(vstar, dtype=torch.float32, device=run.device)
+        groups = constants["reward"].unflatten(0, (-1, self.completions)) if samples else constants["reward"]
+        vstar = torch.as_tensor(estimate_vstar(groups.cpu(), self.args.beta1)).to(groups)
         return dict(constants, vstar=vstar.repeat_interleave(self.completions))
 
     def losses(self, logp, constants, completion_mask, inputs):

@@ -168,11 +168,11 @@ def check(args, tokenizer, problems):
              for problem in problems]
     for (problem, _), (response, reward) in zip(pairs, grade(args, tokenizer, pairs)):
         where = f"{args.data}, problem {problem['id']}"
+        if args.wrong > 0 and not any(character.isdigit() for character in problem["answer"]):
+            fail(f"{where}: --wrong needs a digit in the answer {problem['answer']!r}")
         if reward < 1:
             fail(f"{where}: the demonstration {response!r} earns {reward:g}; the answer is "
                  f"{problem['answer']!r}")
-        if args.wrong > 0 and not any(character.isdigit() for character in problem["answer"]):
-            fail(f"{where}: --wrong needs a digit in the answer {problem['answer']!r}")
         if "{chain}" in args.response:  # 56*9=504;504/2=252
             result = ""
             for step in problem["chain"].split(";"):

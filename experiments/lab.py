@@ -48,12 +48,14 @@ def make_parser(description, steps=None, seeds=5):
 
 
 def run(args, script, out, done, *flags, **environment):
-    """A script, or a baseline by its name, unless an earlier start ran it to its end with the same flags."""
+    """A script, module or baseline by its name, unless an earlier start ran it to its end with these flags."""
     command, finished = shlex.join(flags), out / f"{script}.finished"
     if finished.exists() and finished.read_text() == command:
         return
     out.mkdir(parents=True, exist_ok=True)
-    started = ["-m", "experiments.baselines", script] if script in ALGORITHMS else [f"{script}.py"]
+    started = ["-m", script] if "." in script else [f"{script}.py"]
+    if script in ALGORITHMS:
+        started = ["-m", "experiments.baselines", script]
     with open(out / f"{script}.log", "w") as log:
         process = subprocess.run([*shlex.split(args.launch), *started, *flags],
                                  cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log)

@@ -4,11 +4,13 @@
     python -m experiments.sweep lora --ways apo 'apo --lora=16 --lr=1.5e-3' 'grpo --group=4'
     python -m experiments.sweep long --ways apo 'apo --filter=unsolved after --data=long.jsonl'
 
-A way is an algorithm (apo, grpo, rebel or ppo) and its flags of Stage 2. A way that needs a Stage 1 of its
-own names flags for that behind the word `after`; all others share one per seed. What an earlier start has
-finished in out/NAME/ is not run again.
+A way is an algorithm (apo, or one of experiments/baselines.py) and its flags of Stage 2. A way that needs a
+Stage 1 of its own names flags for that behind the word `after`; all others share one per seed. With
+--evaluate '--data test.jsonl --samples 8', evaluate.py measures π_ref and every model. What an earlier start
+has finished in out/NAME/ is not run again.
 """
 
+import json
 import re
 import shlex
 from itertools import product
@@ -17,31 +19,48 @@ from pathlib import Path
 import numpy as np
 
 from experiments import lab
+from experiments.compare import stage1_cost
 from vstar import batched
 
-MEANS = ("reward", "loss", "kl", "length")  # in the table: those of the last ten steps
+MEANS = ("reward", "loss", "kl", "entropy", "length")  # in the table: those of the last ten steps
 
 
 def main():
-    parser = lab.make_parser(__doc__, steps=40, seeds=3)
+    parser = make_parser()
     parser.add_argument("name", help="of the results, and of the folder in out/")
-    parser.add_argument("--ways", nargs="+", default=["apo"], help="each: ALGORITHM FLAGS [after FLAGS]")
-    args = parser.parse_args()
+    sweep(parser.parse_args())
+
+
+def make_parser(description=__doc__):
+    parser = lab.make_parser(description, steps=40, seeds=3)
+    add = parser.add_argument
+    add("--ways", nargs="+", default=["apo"], help="each: ALGORITHM FLAGS [after FLAGS]")
+    add("--evaluate", help="evaluate.py's flags, but --model and --out: measure π_ref and each model")
+    return parser
+
+
+def sweep(args):
     runs = list(product(args.ways, range(args.seeds)))
     firsts = {(first_flags(way), seed) for way, seed in runs}  # several ways share one
     lab.side_by_side(args, stage1, firsts)
+    before = {}
+    if args.evaluate:
+        config = lab.ROOT / folder(args, f"stage1 {first_flags(args.ways[0])}", 0) / "vstar.config.json"
+        model = json.loads(config.read_text())["settings"]["model"]
+        before = evaluated(args, folder(args, "before", 0), model)
     found = lab.side_by_side(args, stage2, runs)
 
-    table, curves, rows = {}, {}, []
+    table, seeds_of, rows = {}, {}, []
     for way, seeds in zip(args.ways, batched(found, args.seeds)):
-        table[way] = lab.over_seeds(seeds)
-        curves[way] = [run["curve"] for run in seeds]
+        table[way], seeds_of[way] = lab.over_seeds(seeds), seeds
         rows.append([f"`{way}`", *map(lab.pm, table[way].values())])
-    lab.save(args.name, steps=args.steps, table=table, curves=curves)
+    lab.save(args.name, steps=args.steps, before=before, table=table, runs=seeds_of)
     lab.show(["", *table[way]], rows)
+    print("π_ref:", before)
     with lab.picture(args.name) as (axis,):
-        for way, seeds in curves.items():
-            lab.draw_seeds(axis, *np.transpose(seeds), way)  # steps and accuracies, (points, seeds) each
+        for way, seeds in seeds_of.items():
+            curves = [run["curve"] for run in seeds]
+            lab.draw_seeds(axis, *np.transpose(curves), way)  # steps and accuracies, (points, seeds) each
         axis.set_xlabel("steps")
 
 
@@ -66,8 +85,26 @@ def stage2(args, way, seed):
     out = folder(args, way, seed)
     rows = lab.train(args, out, vstar, f"--seed={seed}", *flags, algorithm=algorithm, **lab.ONE_THREAD)
     late = {key: lab.mean(key, rows[-10:]) for key in MEANS}
-    seconds, curve = sum(map(lab.seconds_of, rows)), lab.curve(rows)
-    return dict(accuracy=rows[-1]["accuracy"], **late, seconds=seconds, curve=curve)
+    seconds = sum(map(lab.seconds_of, rows))
+    if algorithm == "apo":  # the others need no Stage 1
+        seconds += stage1_cost(vstar.parent)[1]
+    memory = max(row.get("memory_gb", 0) for row in rows)
+    measured = evaluated(args, out, lab.ROOT / out / "run/model") if args.evaluate else {}
+    return dict(accuracy=rows[-1]["accuracy"], **late, seconds=seconds, memory_gb=memory, **measured,
+                curve=lab.curve(rows))
+
+
+def evaluated(args, out, model):
+    """{"DATA accuracy": …, "DATA pass@k": …} by evaluate.py"""
+    flags = [f"--model={model}", *shlex.split(args.evaluate), f"--out={lab.ROOT / out}/eval"]
+    lab.run(args, "evaluate", lab.ROOT / out, "eval/results.json", *flags, **lab.ONE_THREAD)
+    (results,) = json.loads((lab.ROOT / out / "eval/results.json").read_text()).values()
+    found = {}
+    for data, result in results.items():
+        name = Path(data).stem
+        found[f"{name} accuracy"] = result["accuracy"]
+        found |= {f"{name} pass@{k}": result["pass"][k] for k in result["pass"] if k in ("2", "4", "8")}
+    return found
 
 
 if __name__ == "__main__":

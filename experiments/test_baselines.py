@@ -1,4 +1,4 @@
-"""PPO, GRPO and REBEL against the papers' formulas, by hand and by autograd; and in train.py's own loop."""
+"""The baselines against the papers' formulas, by hand and by autograd; and in train.py's own loop."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ from torch import tensor
 
 import train
 from experiments import baselines
-from experiments.baselines import ALGORITHMS, GRPO, PPO, REBEL
+from experiments.baselines import ALGORITHMS, GRPO, OAPL, PPO, REBEL, Constant
 from test_apo import compare_with_autograd
 from tests.helpers import (
     close,
@@ -19,8 +19,10 @@ from tests.helpers import (
     long,
     metrics,
     refused,
+    run_of,
     small_model,
     some_args,
+    some_samples,
     stage2,
     torchrun,
     weights,
@@ -66,6 +68,37 @@ def test_gae_and_value_loss_by_hand():
     # from 0 to 0.9 with a clip of 0.5, the return is 1: ½ max(0.1², 0.5²); which moved less, the plain square
     loss = baselines.value_loss(tensor([0.9, 0.3]), torch.zeros(2), torch.ones(2), 0.5)
     assert loss.tolist() == pytest.approx([0.125, 0.245])
+
+
+@pytest.mark.parametrize("constant,where,expected", [
+    (None, "all", [0.25, 0.25, 0.25, 0.25]),  # one right of four
+    (None, "solved", [0.25, 0.25, 0, 0]),
+    (None, "unsolved", [0.9, 0.6, 0.25, 0.25]),
+    (0.5, "all", [0.5, 0.5, 0.5, 0.5]),
+    (0.0, "all", [0, 0, 0, 0]),
+])
+def test_a_constant_stands_where_it_is_said(constant, where, expected):
+    samples = some_samples(4)
+    stored = [([1.0, 1.0], 0.9), ([0.0, 1.0], 0.6), ([0.0, 0.0], 0.0), ([0.0, 0.0], 0.0)]
+    for i, (sample, (rewards, vstar)) in enumerate(zip(samples, stored)):
+        sample.problem.update(rewards=rewards, vstar=vstar)
+        samples[i] = sample._replace(reward=float(i == 3))
+    objective = Constant(some_args(constant=constant, where=where))
+    reference = train.Policy(small_model())
+    vstar = objective.constants(run_of(objective, None, reference), samples)["vstar"]
+    assert vstar.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("beta1,vstar", [(0.5, 0.716890), (math.inf, 0.5)])
+def test_oapl_knows_its_own_group(beta1, vstar):
+    """One right of two: ½ ln((1 + e²)/2) = 0.717, or the mean. Of none right it is 0, of all right 1."""
+    rewards = [1.0, 0, 0, 0, 1, 1]
+    samples = [sample._replace(reward=reward) for sample, reward in zip(some_samples(6), rewards)]
+    objective = OAPL(some_args(group=2, beta1=beta1))
+    reference = train.Policy(small_model())
+    constants = objective.constants(run_of(objective, None, reference), samples)
+    assert constants["vstar"].tolist() == pytest.approx([vstar, vstar, 0, 0, 1, 1], abs=1e-6)
+    assert "old_logp" not in constants  # with one update a batch it is ln π itself
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,6 +165,25 @@ def naive_ppo(args, samples, known):
     return loss / len(every), critic_loss / len(every)
 
 
+def naive_oapl(args, samples, known):
+    loss = 0.0
+    for i, sample in enumerate(samples):
+        first = i - i % args.group
+        rewards = [other.reward for other in samples[first : first + args.group]]
+        vstar = args.beta1 * math.log(np.mean([math.exp(reward / args.beta1) for reward in rewards]))
+        log_ratio = (known.logp[i] - known.old_logp[i]).sum()
+        loss += (args.beta2 * log_ratio - (sample.reward - vstar)) ** 2
+    return loss / len(samples), tensor(0.0)
+
+
+def naive_constant(args, samples, known):
+    mean = np.mean([sample.reward for sample in samples])
+    loss = 0.0
+    for sample, logp, ref_logp in zip(samples, known.logp, known.ref_logp):
+        loss += (args.beta2 * (logp - ref_logp).sum() - (sample.reward - mean)) ** 2
+    return loss / len(samples), tensor(0.0)
+
+
 def make_critic(kind, recompute, seed):
     critic = baselines.Critic(small_model(kind=kind, seed=seed), recompute)
     head = critic.model.get_output_embeddings().weight.data
@@ -145,11 +197,13 @@ def make_critic(kind, recompute, seed):
     (GRPO, naive_grpo, "Llama", 1.0, False, True),
     (PPO, naive_ppo, "Qwen2", 0.7, True, False),
     (PPO, naive_ppo, "GPT2", 1.0, False, False),
+    (OAPL, naive_oapl, "Qwen2", 0.7, True, False),
+    (Constant, naive_constant, "Qwen2", 0.7, True, False),
 ])
 def test_update_is_naive_autograd(algorithm, naive_loss, kind, temperature, recompute, dr_grpo, monkeypatch):
     monkeypatch.setattr(train.Policy, "chunk", lambda *_: 7)
     args = some_args(group=8, eta=0.5, passes=2, dr_grpo=dr_grpo, temperature=temperature)
-    vars(args).update(clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8)
+    vars(args).update(clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8, beta1=0.5, constant=None, where="all")
     critic = make_critic if algorithm is PPO else None
     compare_with_autograd(algorithm(args), naive_loss, kind, recompute, critic)
 
@@ -159,7 +213,9 @@ def test_update_is_naive_autograd(algorithm, naive_loss, kind, temperature, reco
 
 SHORT = {"grpo": ["--batch_size=11", "--group=4", "--minibatches=2"],
          "ppo": ["--batch_size=11", "--critic_lr=1e-3"],
-         "rebel": ["--batch_size=11"]}
+         "rebel": ["--batch_size=11"],
+         "oapl": ["--batch_size=11", "--group=4", "--minibatches=2"],
+         "constant": ["--batch_size=25"]}
 
 
 @whole
@@ -168,6 +224,8 @@ SHORT = {"grpo": ["--batch_size=11", "--group=4", "--minibatches=2"],
     ("ppo", ["--lora=4"]),
     pytest.param("ppo", [], marks=pytest.mark.long),
     pytest.param("rebel", [], marks=pytest.mark.long),
+    pytest.param("oapl", [], marks=pytest.mark.long),
+    pytest.param("constant", [], marks=pytest.mark.long),
 ])
 def test_each_runs_and_resumes(name, lora, all_rows, tmp_path):
     """Four steps in one go are two and two, the critic's and the optimizer's state included."""
@@ -199,6 +257,8 @@ def test_two_ranks_are_like_one(name, all_rows, tmp_path):
     ("rebel", ["--steps=15"]),
     ("grpo", ["--steps=15"]),
     ("ppo", ["--steps=25", "--critic_lr=1e-3"]),
+    ("oapl", ["--steps=15"]),
+    ("constant", ["--steps=25"]),
 ])
 def test_it_learns(name, more, all_rows, tmp_path):
     rows = learns(baseline(name, all_rows, tmp_path, *more), tmp_path)
@@ -206,7 +266,7 @@ def test_it_learns(name, more, all_rows, tmp_path):
 
 
 @pytest.mark.parametrize("command,words", [
-    ([], ["ppo|grpo|rebel"]),
+    ([], ["ppo|grpo|rebel|oapl|constant"]),
     (["grpo", "--passes=0"], ["--passes", "0 is too small"]),
     (["rebel", "--group=4"], ["unrecognized arguments: --group=4"]),
     (["ppo", "--clip_ratio=0"], ["--clip_ratio", "is too small"]),

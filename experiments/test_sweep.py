@@ -11,7 +11,8 @@ from test_apo import inside
 
 APO, GRPO = "apo --lora=4 --lr=1e-3", "grpo --group=2 after --samples=3"
 TRAIN = "@tiny/train.args --batch_size=4 --eval_limit=8 --eval_every=1"
-FLAGS = ["--seeds=2", "--steps=2", "--stage1=@tiny/vstar.args --samples=1 --limit=8", f"--train={TRAIN}"]
+MEASURE = "--data tiny/test.jsonl --prompt {question} --max_new_tokens 64 --limit 8 --samples 2"
+FLAGS = [f"--evaluate={MEASURE}", "--seeds=2", "--steps=2", "--stage1=@tiny/vstar.args --samples=1 --limit=8", f"--train={TRAIN}"]
 
 
 @pytest.mark.whole
@@ -33,12 +34,14 @@ def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "side_by_side", one_by_one)
     monkeypatch.setattr(lab.subprocess, "run", in_this_process)
     found = start(APO, GRPO)
-    assert len(ran) == 8 and (tmp_path / "toy.png").exists()  # both stages, twice each
+    # both stages and the evaluation, twice for each way; and π_ref's
+    assert len(ran) == 13 and (tmp_path / "toy.png").exists()
     for way in APO, GRPO:
-        one, other = found["curves"][way]
-        assert [step for step, _ in one] == [0, 1, 2]
-        mean = (one[-1][1] + other[-1][1]) / 2
-        assert found["table"][way]["accuracy"][0] == round(mean, 4)
+        one, other = found["runs"][way]
+        assert [step for step, _ in one["curve"]] == [0, 1, 2] and one["curve"][-1][1] == one["accuracy"]
+        for key in ("accuracy", "test pass@2"):
+            assert found["table"][way][key][0] == pytest.approx((one[key] + other[key]) / 2, abs=1e-4)
+    assert found["before"]["test accuracy"] <= found["before"]["test pass@2"]
     for folder, samples in {"stage1_": 1, "stage1_--samples=3": 3}.items():  # GRPO has its own
         rows = lab.read(tmp_path / "toy" / folder / "1/vstar.jsonl")
         assert len(rows) == 8 and len(rows[0]["rewards"]) == samples
@@ -46,10 +49,10 @@ def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
     assert (settings["lora"], settings["lr"], settings["seed"]) == (4, 1e-3, 1)
 
     # the same ways in another order: nothing is run
-    assert start(GRPO, APO)["table"] == found["table"] and len(ran) == 8
-    # with other flags nothing old is taken for it: Stage 2 runs again
+    assert start(GRPO, APO)["table"] == found["table"] and len(ran) == 13
+    # with other flags nothing old is taken for it: Stage 2 runs again, and so does the evaluation after it
     start(APO, "--steps=1")
-    assert len(ran) == 10
+    assert len(ran) == 17
 
 
 def test_results_are_json(tmp_path, monkeypatch):

@@ -1,0 +1,117 @@
+"""Which V̂* makes the gradient least noisy, and whose completions make the noise?
+
+    python -m experiments.noise --vstar out/vstar.jsonl                        → experiments/results/noise.json
+    python -m experiments.noise --vstar out/vstar.jsonl --model out/run/model        of a policy that has learned
+
+A completion's gradient is (r − b) ∇ ln π, up to a factor, with V̂* or some other number for b. Its mean g is
+the same for every b that depends on the prompt alone. Its noise is not: the trace of its covariance is
+E[(r − b)² |∇ ln π|²] − |g|². `noise` is this over |g|²: so many completions are needed until noise and mean
+are as long (McCandlish et al. 2018, the simple noise scale). All b are measured on the same completions, one
+of each prompt, and on gradients of all weights.
+
+Then the parts: which share of E[(r − b)² |∇ ln π|²] comes from right and wrong completions, of prompts that
+π_ref solved in Stage 1 (once among its first eight) and of those that it did not, and how long they are.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from experiments import lab
+from train import Policy
+from vstar import (
+    TransformersSampler,
+    add_prompts,
+    between_prompts,
+    estimate_vstar,
+    grade,
+    load_model,
+    prompt_seed,
+    read_rows,
+)
+
+
+def main():
+    parser = lab.make_parser(__doc__)
+    add = parser.add_argument
+    add("--vstar", type=Path, required=True, help="what vstar.py wrote, with N = 8 or more")
+    add("--model", help="a policy; default: π_ref")
+    add("--prompts", type=int, default=512, help="one completion of each")
+    add("--name", default="noise", help="of the results")
+    args = parser.parse_args()
+    stage1 = json.loads(args.vstar.with_suffix(".config.json").read_text())["settings"]
+    rows = read_rows(args.vstar)[: args.prompts]
+    model = args.model or stage1["model"]
+    rewards, lengths, gradients = gradients_of(model, rows, SimpleNamespace(**stage1))
+    first = np.array([row["rewards"][:8] for row in rows])
+    solved, right = first.max(1) >= 1, rewards >= 1
+    choices = baselines_of(first, rewards, solved, stage1["beta1"])
+    table = {name: noise_of(rewards - b, gradients) for name, b in choices.items()}
+    squares = (gradients**2).sum(1)
+    parts = {f"{word} of {kind} prompts": (right == (word == "right")) & (solved == (kind == "solved"))
+             for word in ("right", "wrong") for kind in ("solved", "unsolved")}
+    shares = {}
+    for name, chosen in parts.items():
+        if chosen.any():
+            shares[name] = dict(completions=chosen.mean(), tokens=lengths[chosen].mean(),
+                                square=squares[chosen].mean())
+            for choice, b in choices.items():
+                every = (rewards - b) ** 2 * squares
+                shares[name][choice] = every[chosen].sum() / every.sum()
+    every = np.array([row["rewards"] for row in rows])
+    lab.save(args.name, model=str(model), accuracy=right.mean(), solved=solved.mean(),
+             between_prompts=between_prompts(every), noise=table, shares=shares)
+    lab.show(["b", "E[(r − b)²]", "noise"], [[name, *np.round([*row.values()], 3)] for name, row in table.items()])
+    for name, row in shares.items():
+        print(name, {key: round(float(value), 3) for key, value in row.items()})
+
+
+def gradients_of(model, rows, args):
+    """One completion of each prompt by this policy → rewards, lengths, and ∇ ln π of each: (prompts, weights)"""
+    tokenizer, eos = add_prompts(rows, args)
+    policy = Policy(load_model(model, None, torch.float32, "cpu"))
+    sampler = TransformersSampler(policy, eos, args.max_new_tokens, args.temperature, 256)
+    seeds = [prompt_seed("noise", row["id"]) for row in rows]
+    completions = [one for (one,) in sampler.generate([row["tokens"] for row in rows], 1, seeds)]
+    graded = grade(args, tokenizer, [*zip(rows, completions)])
+    gradients = []
+    for row, completion in zip(rows, completions):
+        ids = torch.tensor([row["tokens"] + completion.tokens])
+        mask = torch.arange(ids.shape[1])[None] >= len(row["tokens"])
+        logp = policy(input_ids=ids, completion_mask=mask, temperature=args.temperature).sum()
+        each = torch.autograd.grad(logp, list(policy.parameters()))
+        gradients.append(torch.cat([gradient.flatten() for gradient in each]).numpy())
+    lengths = np.array([len(completion.tokens) for completion in completions])
+    return np.array([reward for _, reward in graded]), lengths, np.array(gradients)
+
+
+def baselines_of(first, rewards, solved, beta1):
+    """{name: b for each prompt}; first: (prompts, 8) of Stage 1's rewards"""
+    mean = np.full(len(rewards), rewards.mean())
+    pooled = np.full((len(first), 2), estimate_vstar(first.ravel(), beta1))
+    vstar = {n: estimate_vstar(first[:, :n], beta1) for n in (1, 2, 4, 8)}
+    choices = {f"N = {n}": values for n, values in vstar.items()}
+    choices["N = 1, two of the average prompt"] = estimate_vstar(np.hstack([first[:, :1], pooled]), beta1)
+    choices["N = 8, two of the average prompt"] = estimate_vstar(np.hstack([first, pooled]), beta1)
+    choices["a constant"] = mean
+    choices["a constant where solved"] = np.where(solved, mean, 0.0)
+    choices["a constant where unsolved"] = np.where(solved, vstar[8], mean)
+    choices["0"] = 0 * mean
+    return choices
+
+
+def noise_of(advantage, gradients):
+    """→ E[(r − b)²], and the noise: tr(covariance) / |mean|², both without bias"""
+    n = len(advantage)
+    total = advantage @ gradients
+    squares = (advantage**2 * (gradients**2).sum(1)).sum()
+    mean_square = (total @ total - squares) / (n * (n - 1))  # |g|²: pairs of different completions
+    covariance = squares / n - mean_square
+    return dict(moment=float((advantage**2).mean()), noise=float(covariance / mean_square))
+
+
+if __name__ == "__main__":
+    main()
