@@ -53,6 +53,8 @@ def run(args, script, out, done, *flags, **environment):
     if finished.exists() and finished.read_text() == command:
         return
     out.mkdir(parents=True, exist_ok=True)
+    for stale in out.rglob("*.finished"):  # what lies below was made from what is made anew now
+        stale.unlink()
     started = ["-m", script] if "." in script else [f"{script}.py"]
     if script in ALGORITHMS:
         started = ["-m", "experiments.baselines", script]

@@ -56,17 +56,18 @@ def main():
     shares = {}
     for name, chosen in parts.items():
         if chosen.any():
-            shares[name] = dict(completions=chosen.mean(), tokens=lengths[chosen].mean(),
-                                square=squares[chosen].mean())
+            means = [chosen.mean(), lengths[chosen].mean(), squares[chosen].mean()]
+            shares[name] = dict(zip(("completions", "tokens", "square"), map(float, means)))
             for choice, b in choices.items():
                 every = (rewards - b) ** 2 * squares
-                shares[name][choice] = every[chosen].sum() / every.sum()
+                shares[name][choice] = float(every[chosen].sum() / every.sum())
     every = np.array([row["rewards"] for row in rows])
     lab.save(args.name, model=str(model), accuracy=right.mean(), solved=solved.mean(),
              between_prompts=between_prompts(every), noise=table, shares=shares)
-    lab.show(["b", "E[(r − b)²]", "noise"], [[name, *np.round([*row.values()], 3)] for name, row in table.items()])
+    rows = [[name, *(f"{number:.3g}" for number in row.values())] for name, row in table.items()]
+    lab.show(["b", "E[(r − b)²]", "noise"], rows)
     for name, row in shares.items():
-        print(name, {key: round(float(value), 3) for key, value in row.items()})
+        print(name, {key: round(value, 3) for key, value in row.items()})
 
 
 def gradients_of(model, rows, args):

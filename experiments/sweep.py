@@ -96,9 +96,10 @@ def stage2(args, way, seed):
 
 def evaluated(args, out, model):
     """{"DATA accuracy": …, "DATA pass@k": …} by evaluate.py"""
-    flags = [f"--model={model}", *shlex.split(args.evaluate), f"--out={lab.ROOT / out}/eval"]
-    lab.run(args, "evaluate", lab.ROOT / out, "eval/results.json", *flags, **lab.ONE_THREAD)
-    (results,) = json.loads((lab.ROOT / out / "eval/results.json").read_text()).values()
+    out = lab.ROOT / out / "eval"
+    flags = [f"--model={model}", *shlex.split(args.evaluate), f"--out={out}", "--overwrite"]
+    lab.run(args, "evaluate", out, "results.json", *flags, **lab.ONE_THREAD)
+    (results,) = json.loads((out / "results.json").read_text()).values()
     found = {}
     for data, result in results.items():
         name = Path(data).stem

@@ -19,9 +19,11 @@ FLAGS = [f"--evaluate={MEASURE}", "--seeds=2", "--steps=2", "--stage1=@tiny/vsta
 def test_two_ways_from_two_seeds(tmp_path, monkeypatch):
     ran = []
 
-    def in_this_process(command, **_):
+    def in_this_process(command, stdout, **_):
         ran.append(command)
-        return inside(*command[1:])
+        done = inside(*command[1:])
+        stdout.write(done.stdout)
+        return done
 
     def start(*ways_and_flags):
         name = str(tmp_path / "toy")  # not a name in out/
