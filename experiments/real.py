@@ -24,7 +24,7 @@ from vstar import write_rows
 
 # SmolLM2's own template without its system message, which would be a third of all tokens
 PROMPT = "--prompt=<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-ASK = [PROMPT, "--max_new_tokens=64", "--engine=transformers"]
+ASK = [PROMPT, "--max_new_tokens=64"]
 
 
 def main():
@@ -38,8 +38,9 @@ def main():
         default=["../shared/data/word_test.jsonl", "../shared/data/word_svamp.jsonl"])
     add("--cold", default="--wrong=0.25 --steps=96 --lr=1e-4", help="cold_start.py's flags")
     parser.set_defaults(
-        jobs=1, seeds=5, steps=24, stage1="--samples=4 --limit=640",
-        train="--filter=unsolved --batch_size=32 --lr=1e-5 --warmup=3 --beta2=0.03 --eval_limit=128 --eval_every=8",
+        seeds=5, steps=24, stage1="--samples=4 --limit=640",
+        train="--filter=unsolved --batch_size=32 --lr=1e-5 --warmup=3 --beta2=0.03 "
+        "--eval_limit=128 --eval_every=12",
         evaluate="--samples=8 --limit=128")
     args = parser.parse_args()
     out = lab.ROOT / "out" / args.name
@@ -48,7 +49,7 @@ def main():
     small = "--tokens_per_microbatch=512"  # little padding
     lab.run(args, "experiments.cold_start", out, "cold/model/config.json", *cold, small, f"--out={out}/cold")
     args.stage1 = shlex.join([f"--model={out}/cold/model", f"--data={data}", *ASK]) + f" {args.stage1}"
-    args.train = shlex.join(["--engine=transformers", small, f"--eval_data={held_out[0]}"]) + f" {args.train}"
+    args.train = shlex.join([small, f"--eval_data={held_out[0]}"]) + f" {args.train}"
     args.evaluate = shlex.join(["--data", *held_out, *ASK, "--dtype=float32"]) + f" {args.evaluate}"
     sweep.sweep(args)
 

@@ -95,7 +95,7 @@ def stage2(args, way, seed):
 
 
 def evaluated(args, out, model):
-    """{"DATA accuracy": …, "DATA pass@k": …} by evaluate.py"""
+    """{"DATA accuracy": …, "DATA pass@k": …, "DATA majority": …} by evaluate.py"""
     out = lab.ROOT / out / "eval"
     flags = [f"--model={model}", *shlex.split(args.evaluate), f"--out={out}", "--overwrite"]
     lab.run(args, "evaluate", out, "results.json", *flags, **lab.ONE_THREAD)
@@ -105,6 +105,7 @@ def evaluated(args, out, model):
         name = Path(data).stem
         found[f"{name} accuracy"] = result["accuracy"]
         found |= {f"{name} pass@{k}": result["pass"][k] for k in result["pass"] if k in ("2", "4", "8")}
+        found |= {f"{name} {key}": result[key] for key in ("majority", "reward") if key in result}
     return found
 
 
