@@ -64,8 +64,9 @@ def disjoint(out, files):
             if text not in seen:
                 problems.append(problem)
             seen.add(text)
-        paths.append(out / f"data/{len(paths)}/{Path(file).stem}.jsonl")
-        write_rows(paths[-1], problems)
+        path = out / f"data/{len(paths)}/{Path(file).stem}.jsonl"
+        write_rows(path, problems)
+        paths.append(str(path))
         print(f"{file}: {len(problems)} problems that stand in no file before")
     return paths
 

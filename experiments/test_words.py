@@ -1,6 +1,7 @@
 """Word problems: chains from equations, and no question in two files."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_no_question_stands_in_two_files(tmp_path):
     texts = lambda paths: [[words.letters(row["question"]) for row in read_jsonl(path)] for path in paths]
     test, _, _, train = texts(files)
     assert len({*test} & {*train}) == 41
-    found = texts(real.disjoint(tmp_path, files))
+    found = texts(map(Path, real.disjoint(tmp_path, files)))
     every = [text for file in found for text in file]
     assert len(every) == len({*every}) == 2992
     assert [len(file) for file in found] == [256, 500, 928, 1308]
