@@ -1,9 +1,9 @@
-"""Makes the embedded world: a small reference policy, its problems and its recipes, from nothing.
+r"""Makes the embedded world: a small reference policy, its problems and its recipes, from nothing.
 
 The task is addition. The model has seen two kinds of demonstrations:
 
-    482+795=\\boxed{1277}                           at once: for so small a model nearly always wrong
-    482+795=2+5=7;8+9=17;4+7+1=12;\\boxed{1277}     worked digit by digit from the right: mostly right
+    482+795=\boxed{1277}                           at once: for so small a model nearly always wrong
+    482+795=2+5=7;8+9=17;4+7+1=12;\boxed{1277}     worked digit by digit from the right: mostly right
 
 and imitates both. Reinforcement learning can find out that writing the steps pays (accuracy and length rise
 together), and then that the demonstrations' slips do not. Long sums were rarely worked, so some prompts are
@@ -12,17 +12,33 @@ never solved.
     python tiny/make.py                                    the files beside this one, < 2 minutes on 2 cores
     python tiny/make.py --digits 3 4 5 6 --hidden 256 --layers 4 --steps 20000 --out harder    another world
 
-`--operators + -` adds subtraction: 482-295=12-5=7;17-9=8;3-2=1;\\boxed{187}.
+`--operators + -` adds subtraction: 482-295=12-5=7;17-9=8;3-2=1;\boxed{187}.
+
+A world of one's own, such as numbers to be written backwards, is a file beside train.py:
+
+    from random import Random
+    from tiny.make import make_world
+
+    def demonstration(rng, args, progress):
+        n = str(rng.randrange(10**4, 10**5))
+        return f"{n}>", f"\\boxed{{{rng.choice([n, n[::-1]])}}}"
+
+    numbers = Random(0).sample(range(10**4, 10**5), 1536)
+    problems = [{"question": f"{n}>", "answer": str(n)[::-1]} for n in numbers]
+    make_world("out/backwards", problems[:1024], problems[1024:], demonstration, "0123456789>}")
 """
 
 import argparse
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+CHARACTERS = "0123456789+-*=;}"
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -93,9 +109,15 @@ def demonstration(rng, args, progress):
     return f"{a}{operator}{b}=", answer
 
 
-def make_tokenizer(characters="0123456789+-*=;}"):
+def make_tokenizer(characters=CHARACTERS):
     """One token a character, and one for \\boxed{. <eos> also pads, as in many real tokenizers."""
-    vocabulary = ["<eos>", "<unk>", *characters]
+    for character in characters:
+        if characters.count(character) > 1:
+            fail(f"the character {character!r} is given twice")
+        if not " " <= character <= "~":
+            fail(f"the character {character!r}: take one of ASCII's that can be printed")
+    # this kind of tokenizer writes a space as Ġ
+    vocabulary = ["<eos>", "<unk>", *characters.replace(" ", "Ġ")]
     numbered = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = Qwen2Tokenizer(vocab=numbered, merges=[], eos_token="<eos>",
                                pad_token="<eos>", unk_token="<unk>")
@@ -103,8 +125,17 @@ def make_tokenizer(characters="0123456789+-*=;}"):
     return tokenizer
 
 
-def make_model(args, demonstration=demonstration, *characters):
-    tokenizer, rng = make_tokenizer(*characters), random.Random(args.seed)
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_model(args, demonstration=demonstration, characters=CHARACTERS):
+    """→ π_ref, which imitates the demonstrations, and its tokenizer.
+
+    demonstration(rng, args, progress) → a prompt and a completion; `progress` goes from 0 to 1.
+    """
+    tokenizer, rng = make_tokenizer(characters), random.Random(args.seed)
     torch.manual_seed(args.seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3,
@@ -120,21 +151,56 @@ def make_model(args, demonstration=demonstration, *characters):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50) * (1 - step / args.steps)
         pairs = [demonstration(rng, args, step / args.steps) for _ in range(args.batch)]
-        prompts, answers = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs))
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers)) + 1
-        ids = torch.zeros(args.batch, width, dtype=torch.long)  # right-padded with EOS, which is token 0
-        labels = torch.full_like(ids, -100)  # no loss on the prompt, nor behind the first EOS
-        for row, (p, a) in enumerate(zip(prompts, answers)):
-            ids[row, : len(p) + len(a)] = torch.tensor(p + a)
-            labels[row, len(p) : len(p) + len(a) + 1] = torch.tensor(a + [0])
-        loss = model(input_ids=ids.to(args.device), labels=labels.to(args.device)).loss
+        loss = loss_of(model, tokenizer, pairs, characters)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 200 == 0 or step == args.steps - 1:
             print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
+    rng = random.Random(args.seed + 2)
+    with torch.no_grad():
+        loss = loss_of(model, tokenizer, [demonstration(rng, args, 1.0) for _ in range(256)], characters)
+    print(f"of 256 new demonstrations −ln π is {loss.item():.3f} a token "
+          f"(with all tokens equally likely: {math.log(len(tokenizer)):.3f})")
     return model, tokenizer
+
+
+def loss_of(model, tokenizer, pairs, characters):
+    """The mean −ln π of the completions' tokens, EOS included."""
+    missing = {*"".join(map("".join, pairs)).replace("\\boxed{", "")} - {*characters}
+    if missing:
+        fail(f"the demonstrations hold {', '.join(map(repr, sorted(missing)))}, not among the characters "
+             f"{characters!r}")
+    prompts, answers = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs))
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers)) + 1
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)  # right-padded with EOS, which is token 0
+    labels = torch.full_like(ids, -100)  # no loss on the prompt, nor behind the first EOS
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        ids[row, : len(p) + len(a)] = torch.tensor(p + a)
+        labels[row, len(p) : len(p) + len(a) + 1] = torch.tensor(a + [0])
+    return model(input_ids=ids.to(model.device), labels=labels.to(model.device)).loss
+
+
+def make_world(folder, train, test, demonstration, characters, steps=1600, stage1=(), stage2=()):
+    """Writes π_ref, problems, and files of flags into `folder`.
+
+    train, test: problems, {"question", "answer"}; demonstration: as make_model takes it, right or not;
+    stage1, stage2: more flags, or others.
+    """
+    folder, args = Path(folder), parser.parse_args([f"--steps={steps}"])
+    for part in make_model(args, demonstration, characters):  # the model and its tokenizer
+        part.save_pretrained(folder / "world")
+    for name, problems in ("train", train), ("test", test):
+        lines = [json.dumps(problem) + "\n" for problem in problems]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    first = [f"--model={folder}/world", f"--data={folder}/train.jsonl", "--prompt={question}",
+             "--max_new_tokens=64", "--decode_rows=1024", f"--out={folder}/vstar.jsonl", *stage1]
+    second = ["@tiny/train.args", f"--vstar={folder}/vstar.jsonl", f"--eval_data={folder}/test.jsonl",
+              f"--out={folder}/run", *stage2]
+    for name, flags in ("vstar", first), ("train", second):
+        (folder / f"{name}.args").write_text("\n".join(flags) + "\n")
+    print(f"now: python vstar.py @{folder}/vstar.args && python train.py @{folder}/train.args")
 
 
 def write_problems(path, pairs):

@@ -135,7 +135,6 @@ def demonstration(rng, progress, boards):
 
 def main():
     from tiny import make  # here: a reward should load without torch
-    from vstar import write_rows
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lessons", type=int, default=1600, help="supervised steps of π_ref")
@@ -147,19 +146,10 @@ def main():
             return make.demonstration(rng, args, progress)  # the embedded world's sums
         return demonstration(rng, progress, learned)
 
-    world = make.parser.parse_args([f"--steps={lessons}"])
-    for part in make.make_model(world, lesson, CHARACTERS):  # the model and its tokenizer
-        part.save_pretrained(FOLDER / "world")
-    for name, boards in ("train", learned[:1024]), ("test", held_out[:512]):
-        problems = [dict(question=question(board), board=board) for board in boards]
-        write_rows(FOLDER / f"{name}.jsonl", problems)
-    first = [f"--model={FOLDER}/world", f"--data={FOLDER}/train.jsonl", "--prompt={question}",
-             "--reward=experiments/tasks/tictactoe.py:reward", "--max_new_tokens=48",
-             "--decode_rows=1024", f"--out={FOLDER}/vstar.jsonl"]
-    second = ["@tiny/train.args", f"--vstar={FOLDER}/vstar.jsonl", f"--eval_data={FOLDER}/test.jsonl",
-              "--steps=60", "--eval_every=5", f"--out={FOLDER}/run"]
-    for name, flags in ("vstar", first), ("train", second):
-        (FOLDER / f"{name}.args").write_text("\n".join(flags) + "\n")
+    problems = [dict(question=question(board), board=board) for board in learned[:1024] + held_out[:512]]
+    make.make_world(FOLDER, problems[:1024], problems[1024:], lesson, CHARACTERS, lessons,
+                    ["--reward=experiments/tasks/tictactoe.py:reward", "--max_new_tokens=48"],
+                    ["--steps=60", "--eval_every=5"])
 
 
 if __name__ == "__main__":
