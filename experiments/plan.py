@@ -4,6 +4,10 @@
     python -m experiments.plan 8xH100 --algorithm grpo --model Qwen/Qwen2.5-7B          with a baseline's, too
     python -m experiments.plan --vstar out/vstar.jsonl     on a CPU; model and lengths are Stage 1's
 
+It needs a model's config: --model, and then --prompt_tokens and --answer_tokens say how long texts are; or
+--vstar, what Stage 1 wrote. There is no plan of Stage 1: it holds the model once, and what --decode_rows or
+--gpu_memory lets it take.
+
 It reads the model's config alone and loads no weights. The weights, gradients and optimizer states of each
 GPU are counted. The activations are not a formula but this code run on fake tensors, so they hold for any
 architecture. Times are floors, from the bytes and operations that cannot be avoided and the GPU's data sheet.
@@ -49,6 +53,9 @@ OBJECTIVES = {APO.name: APO, **ALGORITHMS}
 
 def main():
     args = parse_args()
+    if args.model is None and not args.vstar.exists():
+        fail(f"which model? Name it with --model, or what Stage 1 wrote with --vstar ({args.vstar}: no such "
+             "file)")
     if args.model is None:
         prompt, completion = lengths_of_stage1(args)
     else:
@@ -68,6 +75,8 @@ def parse_args():
     first.error = fail
     chosen, sys.argv[1:] = first.parse_known_args()
     parser = train.make_parser(OBJECTIVES[chosen.algorithm])
+    parser.description = ("What Stage 2 will hold in memory and how long a step takes at least. It needs "
+                          "--model, or what Stage 1 wrote (--vstar). The flags are those of training.")
     parser.prog = f"python -m experiments.plan [8xH100] [--algorithm {'|'.join(OBJECTIVES)}]"
     parser.set_defaults(temperature=1.0)
     add = parser.group("the plan")

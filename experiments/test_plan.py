@@ -183,6 +183,16 @@ def test_plan_of_what_stage1_wrote(all_rows, monkeypatch):
     assert prompt == np.mean([len(row["prompt"]) for row in rows])  # a token a character
 
 
+def test_what_the_plan_needs(planned, tmp_path):
+    """Either a model or what Stage 1 wrote; no problems, and no file."""
+    words = inside("-m", "experiments.plan", "--help").stdout
+    assert "What Stage 2 will hold" in words and "--prompt_tokens" in words and "V̂* holds" not in words
+    done = inside("-m", "experiments.plan", "8xH100", f"--vstar={tmp_path}/v.jsonl", check=False)
+    refused(done, "--model", "--vstar", f"{tmp_path}/v.jsonl: no such file")
+    words = planned("8xH100", f"--vstar={tmp_path}/v.jsonl", "--prompt_tokens=90", layers=2).stdout
+    assert "(90 + 512 tokens)" in words
+
+
 def test_bad_machines(planned):
     refused(planned("8xT800", check=False), "8xT800", "H100")
     refused(planned("0xH100", check=False), "0xH100", "H100")
