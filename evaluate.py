@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards import fail, final_answers, is_correct
+from rewards import fail, final_answers, is_correct, readable
 from train import Policy, Sample, check_head, token_logps
 from vstar import (
     RANK,
@@ -44,9 +44,10 @@ from vstar import (
     read_rows,
     run_script,
     sample_all,
+    spread,
     start_process,
+    verdict_of,
     write_text,
-    wrong_responses,
 )
 
 
@@ -88,8 +89,8 @@ def make_parser():
     add = add_machine_flags(parser)
     add("--tokens_per_microbatch", 16384, "padded tokens a forward pass for the KL")
     add = add_problem_flags(parser, split="test", files="+")
-    add("--show", 0, "print so many wrong responses, of problems spread over the set, as the checker reads "
-        "them")
+    add("--show", 0, "print so many problems, spread over the set, with each model's first response and how "
+        "it was graded; those first on which the models differ. It samples nothing anew")
     add("--out", Path("out/eval"), "the folder for completions, results and the picture")
     return parser
 
@@ -136,15 +137,32 @@ def report(args, results, completions):
             one, other = (scores(completions[name, data], args.reward) for name in (first, model))
             mean, low, high = results[model][data]["difference"] = paired(one, other)
             verdict = "more than noise" if low > 0 or high < 0 else "within noise"
+            if len(one) < 20:  # a bootstrap of so few problems gives too narrow an interval
+                verdict = "no verdict on fewer than 20 problems"
             what = "reward " if args.reward else ""
             print(f"   {model} against {first}: {what}{mean:+.3f} ({low:+.3f} – {high:+.3f}), {verdict}")
     if args.show:
-        for (model, data), rows in completions.items():
-            print(f"\nwrong responses of {model} on {data}")
-            print(*wrong_responses(rows, args.show, args.reward), sep="\n")
+        for data in args.data:
+            print(f"\nsome problems of {data}, each with every model's first completion")
+            print(*side_by_side([completions[model, data] for model in args.model], args), sep="\n")
     write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     picture(args.out / "accuracy.png", points, ["accuracy"], [[*names.values()]])
     print(f"→ {args.out}/results.json, {args.out}/accuracy.png and the completions beside them")
+
+
+def side_by_side(rows_of_models, args):
+    """--show problems, spread over the set, those first on which the models differ. Right responses are shown
+    as well as wrong ones, because a reward may err either way."""
+    alike, differ = [], []
+    for rows in zip(*rows_of_models):
+        rewards = {row["rewards"][0] for row in rows}
+        (alike if len(rewards) == 1 else differ).append(rows)
+    chosen = spread(differ, args.show)
+    chosen += spread(alike, args.show - len(chosen))
+    for rows in chosen:
+        yield f"\n── {readable(rows[0]['id'])}\n{readable(rows[0]['prompt'])}"
+        for model, row in zip(args.model, rows):
+            yield f"── {model}: {verdict_of(row, 0, args.reward)}\n{readable(row['responses'][0])}"
 
 
 def scores(rows, custom_reward):

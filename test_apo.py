@@ -864,6 +864,11 @@ def test_stage2_files(trained):
     assert sorted(os.listdir(out / "checkpoint")) == ["00000004", "00000006"]
     files = ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "samples"]
     assert sorted(os.listdir(out)) == files
+    kept = {1: "jsonl", 3: "jsonl", 6: "jsonl"}, dict.fromkeys((0, 2, 4, 6), "held_out.jsonl")
+    names = [f"{step:06d}.{end}" for part in kept for step, end in part.items()]
+    assert sorted(os.listdir(out / "samples")) == sorted(names)
+    last = read_jsonl(out / "samples/000006.held_out.jsonl")
+    assert rows[-1]["accuracy"] == np.mean([row["reward"] for row in last]) and len(last) == 40
     settings = settings_in(out / "config.json")
     assert settings["algorithm"] == "apo" and settings["model"] == "tiny/model" and settings["samples"] == 8
     for words in ("before  held-out accuracy", "after   held-out accuracy", "── step 3: ", "40 problems"):
@@ -920,7 +925,7 @@ def test_stage2_killed_stopped_and_restarted(lora, trained, all_rows, tmp_path):
     assert metrics(out) == metrics(undisturbed)
     assert weights(out) == weights(undisturbed)
     assert not list(out.glob("**/*.tmp"))
-    for name in ("000001.jsonl", "000003.jsonl", "000006.jsonl"):
+    for name in ("000001.jsonl", "000003.jsonl", "000006.jsonl", "000002.held_out.jsonl"):
         assert (out / "samples" / name).read_bytes() == (undisturbed / "samples" / name).read_bytes()
 
 
@@ -934,7 +939,7 @@ def test_two_ranks_train_like_one(trained, all_rows, tmp_path):
 @whole
 def test_it_learns(all_rows, tmp_path):
     rows = learns(stage2(all_rows, tmp_path, "--steps=16"), tmp_path)
-    assert train.diagnose(rows, some_args()) == {}
+    assert train.diagnose(rows, some_args()) == train.nothing_learned(rows, 256) == {}
 
 
 @long
@@ -1070,8 +1075,48 @@ def test_health_is_not_remarked_upon():
     rows = [dict(step=0, accuracy=0.4), *healthy()]
     for count in range(len(rows)):
         assert train.diagnose(rows[:count], some_args()) == {}
+    assert train.nothing_learned(rows, 512) == {}
     mostly_wrong = [dict(row, unsolved=0.6) for row in healthy()]  # of one answer most are
     assert train.diagnose(mostly_wrong, some_args(samples=1)) == {}
+
+
+@pytest.mark.parametrize("name,runs,curve", [
+    ("seeds", "curves", None), ("tictactoe", "runs", "curve"), ("countdown", "runs", "curve")])
+def test_runs_that_learned_are_not_said_to_have_learned_nothing(name, runs, curve):
+    """Also if they had ended after 30 steps."""
+    found = json.loads((HERE / f"experiments/results/{name}.json").read_text())[runs]
+    for run in found.values():
+        rows = [dict(row, log_ratio_abs=row.get("kl")) for row in (run[curve] if curve else run)]
+        for steps in (30, len(rows)):
+            assert train.nothing_learned(rows[: steps + 1], 512) == {}
+
+
+def test_a_run_that_came_to_nothing_says_so():
+    """Of any length. Flat is what rises by no more than its noise, in training and held-out."""
+    rng = np.random.default_rng(0)
+    rows = [dict(step=i + 1, reward=rng.binomial(64, 0.4) / 64, log_ratio_abs=0.1) for i in range(40)]
+    to = lambda accuracy: [dict(step=0, accuracy=0.4), *rows[:-1], dict(rows[-1], accuracy=accuracy)]
+    flat = train.nothing_learned(to(0.44), 500)["flat"]  # of 500 problems: within 0.06
+    assert "held-out accuracy 0.400 → 0.440" in flat and "noise" in flat and "samples/" in flat
+    assert train.nothing_learned(to(0.48), 500) == {}
+    assert {*train.nothing_learned(to(0.48), 64)} == {"flat"}  # of 64: within 0.17
+    for count in (2, 3, 20, 40):
+        assert {*train.nothing_learned(rows[:count], 0)} == {"flat"}  # nothing held out
+        still = [*rows[: count - 1], dict(rows[count - 1], log_ratio_abs=0.009)]
+        assert {*train.nothing_learned(still, 0)} == {"still"}
+    better = [dict(row, reward=row["reward"] + 0.004 * row["step"]) for row in rows]
+    assert train.nothing_learned(better, 0) == {}
+    assert train.nothing_learned([dict(step=0, accuracy=0.4)], 512) == {}  # no step's row is left
+
+
+@pytest.mark.parametrize("warned,said", [((), 1), (("still",), 0), (("saturated",), 0), (("unsolved",), 1)])
+def test_it_is_said_once(warned, said, tmp_path, capsys):
+    log = object.__new__(train.Log)
+    history = [dict(step=i, reward=0.4, log_ratio_abs=1e-4) for i in range(1, 40)]
+    vars(log).update(bar=mock.MagicMock(), history=history, already_warned={*warned})
+    log.args = some_args(out=tmp_path)
+    log.report(0)
+    assert capsys.readouterr().out.count("warning: the policy did not move") == said
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1151,6 +1196,9 @@ def test_evaluation_lays_two_models_side_by_side(trained, tmp_path):
     assert before["kl"] == 0 and after["kl"] > 0.01
     assert 0.25 < before["low"] < before["accuracy"] < before["high"] < 0.55
     assert after["difference"][0] == pytest.approx(after["accuracy"] - before["accuracy"])
-    for words in ("pass@4", "maj@4", "KL/token", "against tiny/model", "wrong responses of", "; the answer"):
+    for words in ("pass@4", "maj@4", "KL/token", "against tiny/model", "── tiny/model: ", "; the answer"):
         assert words in done.stdout
+    # the same command with another --show: nothing is sampled
+    done = inside(*evaluation(tmp_path, "--reference=tiny/model", "--show=3", models=both))
+    assert done.stdout.count(f"── {both[1]}: ") == 3 and "sampling" not in done.stderr
     assert (tmp_path / "accuracy.png").stat().st_size > 3000

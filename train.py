@@ -35,7 +35,8 @@ V*(β2). With the numbers above and β2 = 1e-3 V*(β2) is 1.00, and the loss end
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py …
                                                                         (run on each of two nodes)
 
-It writes into out/run/: metrics.jsonl (a line a step), curves.png, samples/, checkpoint/, and model/, which
+It writes into out/run/: metrics.jsonl (a line a step), curves.png, samples/ (000020.jsonl has a step's
+completions, 000020.held_out.jsonl those of the evaluation after it), checkpoint/, and model/, which
 transformers and vLLM load as it is. A killed run is resumed by the same command. A line of metrics.jsonl:
 
     {"step": 1, "loss": 0.284, "entropy": 0.247, "mismatch": 3e-07, "reference_mismatch": 3e-07, "kl": 0.0,
@@ -116,7 +117,9 @@ class APO:
     """What makes the loop below A*-PO.
 
     experiments/baselines.py puts PPO, GRPO or REBEL in its place; sampler, grader, optimizer, restart and
-    logging stay, which makes the comparison fair.
+    logging stay, which makes the comparison fair. A subclass may rely on this: in `samples` the completions
+    of a prompt are neighbours, and a process may have none; `constants` are in the order of `samples`; the
+    rows of a micro-batch are in that of `chosen`, where per_loss neighbours stay together.
     """
 
     name, out = "apo", Path("out/run")
@@ -175,7 +178,7 @@ def train(run, problems, held_out, start):
     """
     args, objective, log = run.args, run.objective, Log(run, start)
     if start == 0 and held_out:
-        log(dict(step=0, **held_out_metrics(run, held_out, log)))
+        log(dict(step=0, **held_out_metrics(run, held_out, log, 0)))
     for step in range(start, args.steps):
         # 1. one completion of each prompt, by the policy as it is now, graded
         with log.phase("sampling"):
@@ -198,7 +201,7 @@ def train(run, problems, held_out, start):
         metrics = {"step": done, **updates[0], **batch_metrics(samples)}
         metrics["grad_clipped"] = sum(numbers["grad_clipped"] for numbers in updates) / len(updates)
         if held_out and (last or done % args.eval_every == 0):
-            metrics |= held_out_metrics(run, held_out, log)
+            metrics |= held_out_metrics(run, held_out, log, done)
         log(metrics, samples, constants)
         stop = log.asked_to_stop()  # a signal ends the run after this step, on all processes alike
         if last or stop or done % args.save_every == 0:
@@ -416,11 +419,12 @@ def rollout(run, prompts, n=1):
     return [Sample(*pair, *result, serial) for pair, result, serial in zip(pairs, graded, serials)]
 
 
-def held_out_metrics(run, held_out, log):
+def held_out_metrics(run, held_out, log, step):
     """The share of held-out problems solved, and with --reward their mean reward too."""
     with log.phase("evaluation"):
-        prompts = [(HELD_OUT, problem) for problem in held_out[RANK::WORLD]]
-        rewards = [sample.reward for sample in rollout(run, prompts)]
+        samples = rollout(run, [(HELD_OUT, problem) for problem in held_out[RANK::WORLD]])
+        log.keep_held_out(step, samples)
+        rewards = [sample.reward for sample in samples]
         right, total = sum_over_ranks([sum(reward >= 1 for reward in rewards), sum(rewards)])
     metrics = dict(accuracy=right / len(held_out))
     if run.args.reward:
@@ -482,7 +486,8 @@ def make_parser(Objective):
     add("--eval_limit", 512, "only the first so many of them")
     add("--eval_every", 20, "steps between measurements of their accuracy")
     add("--save_every", 50, "steps between checkpoints; the last two are kept")
-    add("--show_every", 20, "steps between printed completions; 0: none", zero=True)
+    add("--show_every", 20, "steps between printed completions; samples/ has all of such a step, of the last "
+        "one, and of each evaluation; 0: none", zero=True)
     add("--out", Objective.out, "the folder of this run")
     add("--overwrite", False, "throw away what an earlier run left there")
     add("--wandb", str, "also log to Weights & Biases", metavar="PROJECT")
@@ -508,6 +513,10 @@ def main(Objective=APO):
                   f"{args.batch_size} from {args.model}, N = {args.samples}, β1 {args.beta1:g}, lr "
                   f"{args.lr:g}, {args.engine}, {WORLD} × {device.type} {args.dtype}; accuracy on "
                   f"{len(held_out)} held-out problems (--eval_data)")
+            if args.batch_size > len(problems):
+                print(f"warning: --batch_size {args.batch_size} is more than the {len(problems)} prompts, so "
+                      "a step takes a prompt several times, and is of fewer problems than it seems. Take "
+                      f"more problems, or a --batch_size of {len(problems)} at the most.")
     # the first process looks, and a sum tells the others
     start = int(sum_over_ranks(last_checkpoint(args.out) if RANK == 0 else 0))
     if start > args.steps:
@@ -984,7 +993,8 @@ class Log:
             figures.insert(1, f"held-out {evaluated[-1][key]:.3f}")
         self.bar.set_postfix_str(", ".join(figures), refresh=False)
         self.bar.update()
-        if self.args.show_every and (step == 1 or step % self.args.show_every == 0):
+        every = self.args.show_every
+        if every and (step in (1, self.args.steps) or step % every == 0):
             self.show_sample(step, samples[0])
             rows = []
             for sample, ref_logp in zip(samples, constants["ref_logp"].sum(-1).tolist()):
@@ -1000,6 +1010,19 @@ class Log:
             if name not in self.already_warned:
                 self.already_warned.add(name)
                 self.bar.write(f"warning: {text}")
+
+    def keep_held_out(self, step, samples):
+        """The completions of all processes, by the problems' ids."""
+        if not self.args.show_every:
+            return
+        rows = [dict(id=sample.problem["id"], prompt=sample.problem["prompt"], response=sample.response,
+                     reward=sample.reward) for sample in samples]
+        of_processes = [rows] * WORLD
+        if WORLD > 1:
+            dist.all_gather_object(of_processes, rows)
+        if RANK == 0:
+            rows = sorted(sum(of_processes, []), key=lambda row: row["id"])
+            write_rows(self.args.out / f"samples/{step:06d}.held_out.jsonl", rows)
 
     def show_sample(self, step, sample):
         problem, vstar = sample.problem, sample.problem["vstar"]
@@ -1037,15 +1060,45 @@ class Log:
             return
         evaluated = [row for row in self.history if "accuracy" in row]
         for label, row in [("before", evaluated[0]), ("after", evaluated[-1])] if evaluated else []:
-            right = np.arange(problems) < round(row["accuracy"] * problems)
-            share, half = mean_and_interval(right)
+            share, half = accuracy_and_interval(row, problems)
             line = f"{label:7s} held-out accuracy {share:.3f} ± {half:.3f} (95 %, {problems} problems)"
             if "held_out_reward" in row:
                 line += f"; right: a reward of at least 1; mean reward {row['held_out_reward']:.3f}"
             print(line)
+        for name, text in nothing_learned(self.history, problems).items():
+            if not {name, "saturated"} & self.already_warned:
+                print(f"warning: {text}")
         out = self.args.out
         print(f"→ {out}/curves.png, {out}/metrics.jsonl and the model:\n"
               f"  AutoModelForCausalLM.from_pretrained(\"{out}/model\")   or   vllm serve {out}/model")
+
+
+def accuracy_and_interval(row, problems):
+    return mean_and_interval(np.arange(problems) < round(row["accuracy"] * problems))
+
+
+def nothing_learned(rows, problems):
+    """What a run that came to nothing says at its end: {name: cause and remedy}; problems: those held out"""
+    steps = [row for row in rows if row["step"] > 0]
+    evaluated = [row for row in rows if "accuracy" in row]
+    if not steps:
+        return {}
+    if steps[-1]["log_ratio_abs"] < 0.01:
+        return {"still": "the policy did not move: in the last step |ln π/π_ref| was still "
+                         f"{steps[-1]['log_ratio_abs']:.1g}. Take more steps, raise --lr, or lower --beta2 "
+                         "if it is large."}
+    rewards = np.array([row["reward"] for row in steps])
+    few = max(1, min(10, len(steps) // 2))
+    compared = {"reward": [mean_and_interval(rewards[:few]), mean_and_interval(rewards[-few:])]}
+    if len(evaluated) > 1:
+        compared["held-out accuracy"] = [accuracy_and_interval(evaluated[i], problems) for i in (0, -1)]
+    for (before, half), (after, other_half) in compared.values():
+        if after - before > math.hypot(half, other_half):  # their difference's 95 % interval is above 0
+            return {}
+    numbers = ", ".join(f"{name} {before:.3f} → {after:.3f}"
+                        for name, ((before, _), (after, _)) in compared.items())
+    return {"flat": f"nothing rose by more than its noise ({numbers}). Does the reward see what is right? "
+                    "Look at samples/. If so, take more steps or a larger --lr."}
 
 
 def diagnose(rows, args, most_reward=1.0):

@@ -34,6 +34,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -296,19 +297,30 @@ def wrong_responses(rows, count, custom_reward=None):
         indices = [i for i, reward in enumerate(row["rewards"]) if reward < 1]
         if indices:
             wrong.append((row, max(indices, key=row["finished"].__getitem__)))
-    step = max(1, math.ceil(len(wrong) / count))
-    for row, i in wrong[::step]:
-        response = row["responses"][i]
-        claims = [read(claim) for claim in final_answers(response)[-1:]]
-        if not row["finished"][i]:
-            verdict = "cut off"
-        elif custom_reward:
-            verdict = f"wrong by {custom_reward}"
-        else:
-            verdict = "".join(f"read as {claim.text!r} {claim.trouble}" for claim in claims).strip()
-            verdict = verdict or "no \\boxed{} and no ####"
-            verdict += f"; the answer {row['answer']!r} as {read(row['answer']).text!r}"
-        yield f"── {readable(row['id'])}: {verdict}\n   … {readable(response[-300:]).strip()}"
+    end = lambda text: readable(text[-300:]).strip()
+    for row, i in spread(wrong, count):
+        yield (f"── {readable(row['id'])}: {verdict_of(row, i, custom_reward)}\n"
+               f"   prompt    … {end(row['prompt'])}\n   response  … {end(row['responses'][i])}")
+
+
+def verdict_of(row, i, custom_reward=None):
+    """Of completion i: right, wrong or cut off, and how the grader reads it."""
+    reward, finished = row["rewards"][i], row["finished"][i]
+    if custom_reward:
+        return f"reward {reward:g} by {custom_reward}" + ("" if finished else ", cut off")
+    if not finished:
+        return "cut off"
+    claims = [read(claim) for claim in final_answers(row["responses"][i])[-1:]]
+    found = "".join(f"read as {claim.text!r} {claim.trouble}" for claim in claims).strip()
+    found = found or "no \\boxed{} and no ####"
+    right = "right" if reward >= 1 else "wrong"
+    return f"{right}, {found}; the answer {row['answer']!r} as {read(row['answer']).text!r}"
+
+
+def spread(items, count):
+    """So many of them, or all, at equal distances."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def histogram(rows, path):
@@ -879,7 +891,34 @@ def add_prompts(problems, args):
         if not 0 < len(problem["tokens"]) <= window - args.max_new_tokens:
             fail(f"problem {problem['id']}: a prompt of {len(problem['tokens'])} tokens and --max_new_tokens "
                  f"{args.max_new_tokens} do not fit the model's window of {window}")
+    if RANK == 0:
+        warn_of_unknown(problems, tokenizer, args.model)
     return tokenizer, eos
+
+
+def warn_of_unknown(problems, tokenizer, model):
+    """Names what of the prompts the model does not see: the tokenizer makes its unknown token of it, or
+    nothing. Of a word that is unknown as a whole it names the word, else its unknown characters."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return
+    ids = cache(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+    characters = set("".join(problem["prompt"] for problem in problems))
+    dropped = {character for character in characters if not character.isspace() and not ids(character)}
+    prompts, named = 0, Counter()
+    for problem in problems:
+        lost = dropped & {*problem["prompt"]}
+        if unknown in problem["tokens"]:  # which may stand for BOS, too, or in a template
+            for word in problem["prompt"].replace(tokenizer.unk_token, " ").split():
+                if unknown in ids(word):
+                    parts = {character for character in word if unknown in ids(character)}
+                    lost |= parts if parts and {*ids(word)} != {unknown} else {word}
+        prompts += bool(lost)
+        named.update(sorted(lost))
+    if prompts:
+        some = ", ".join(repr(text) for text, _ in named.most_common(5))
+        print(f"warning: {prompts} of {len(problems)} prompts hold {some}, which the tokenizer of {model} "
+              "does not know. The model will not see it. Spell it in another way, or take another model.")
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import evaluate
+import rewards
 import train
 import vstar
 from tests.helpers import (
@@ -177,6 +181,52 @@ def test_what_ends_a_completion(tmp_path):
         assert vstar.add_prompts([], args)[1] == eos
     args.stop = ["="]
     assert {*vstar.add_prompts([], args)[1]} == {own, 9, tiny_tokenizer().vocab["="]}
+
+
+def tokenizer_of(kind):
+    """Of words, or of their pieces; the token of what is unknown is BOS, too."""
+    known = {token: i for i, token in enumerate("<unk> what is 2 w ##e".split())}
+    tokenizer = tokenizers.Tokenizer(getattr(tokenizers.models, kind)(known, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    bos = tokenizers.processors.TemplateProcessing("<unk> $A", special_tokens=[("<unk>", 0)])
+    tokenizer.post_processor = bos
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind,prompts,said", [
+    ("WordLevel", ["what is 2", "was é is 2 é", "is é <unk>"], "2 of 3 prompts hold 'é', 'was'"),
+    ("WordPiece", ["we is 2", "wé"], "1 of 2 prompts hold 'wé'"),
+    ("tiny", ["12+34=", "12 + 34=", "7×8=?\n"], "1 of 3 prompts hold '?', '×'"),
+    ("tiny", ["7gfedcba", "a"], "2 of 2 prompts hold 'a', 'b', 'c', 'd', 'e'"),  # five at the most
+    ("WordLevel", ["what <unk> is 2"], None),
+    ("tiny", ["12 + 34="], None),
+])
+def test_what_the_tokenizer_does_not_know_is_named(kind, prompts, said, capsys):
+    """It drops characters (the embedded world's), or puts <unk> for them or for their word."""
+    tokenizer = tiny_tokenizer() if kind == "tiny" else tokenizer_of(kind)
+    problems = [dict(prompt=prompt, tokens=rewards.encode(tokenizer, prompt, False)) for prompt in prompts]
+    vstar.warn_of_unknown(problems, tokenizer, "M")
+    text = capsys.readouterr().out
+    assert text.startswith(f"warning: {said}, which the tokenizer of M does not know. ") if said else not text
+
+
+@whole
+def test_unknown_characters_are_named_before_stage1_samples(tmp_path):
+    """And healthy problems are not remarked upon."""
+    (tmp_path / "p.jsonl").write_text('{"question": "1+?=", "answer": "2"}')
+    for data, said in ((tmp_path / "p.jsonl", ["?"]), ("tiny/train.jsonl", [])):
+        done = inside(*stage1(tmp_path / "v.jsonl", f"--data={data}", "--limit=2", "--overwrite"))
+        assert re.findall("warning: 1 of 1 prompts hold '(.)'", done.stdout) == said
+        assert ("does not know" in done.stdout.split("Stage 1:")[0]) == bool(said)
+
+
+@whole
+def test_a_batch_larger_than_the_problems_is_remarked_upon(undisturbed, tmp_path):
+    more = ["--steps=1", "--eval_limit=2", "--filter=unsolved"]
+    for size, said in ((300, 1), (200, 0)):
+        done = inside(*stage2(undisturbed[0], tmp_path / str(size), *more, f"--batch_size={size}"))
+        kept = int(re.search(r"Stage 2: (\d+) prompts", done.stdout)[1])
+        assert 200 < kept < 300 and done.stdout.count(f"more than the {kept} prompts") == said
 
 
 def test_lora_needs_linear_layers(capsys):

@@ -3,6 +3,7 @@ W&B."""
 
 import json
 import os
+import re
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -159,22 +160,79 @@ def test_wrong_answers_are_shown():
     """Where all are wrong: some, spread over the problems, as the checker reads them; what they hold is
     escaped."""
     texts = ["cut", "so 3", "so \\boxed{see )(}\x1b"]
-    rows = [row_of([0.0] * 3, id=str(i), answer="\x1b",
+    rows = [row_of([0.0] * 3, id=str(i), answer="\x1b", prompt="why?\x1b",
                    responses=texts[:2] if i else texts[::2]) for i in range(31)]
     for row in rows:
         row["finished"] = [False, True, True]
     shown = vstar.summary(rows, 0.5).split("── ")[1:]
-    assert [text.split(":")[0] for text in shown] == ["0", "11", "22"]
+    assert [text.split(":")[0] for text in shown] == ["0", "10", "20"]
     assert "it is words" in shown[0] and r"no \boxed{} and no ####" in shown[1] and "so 3" in shown[1]
-    assert not any("\x1b" in text or "… cut" in text for text in shown)
+    assert all("why?" in text and "\x1b" not in text and "… cut" not in text for text in shown)
     shown = vstar.summary(rows, 0.5, custom_reward="mine.py:judge")
-    assert shown.count("wrong by mine.py:judge") == 3 and "####" not in shown
+    assert shown.count("reward 0 by mine.py:judge") == 3 and "####" not in shown
+
+
+def side_by_side(count, *models, reward=None):
+    """What is shown of so many problems. A letter: a model's response is right, wrong or cut off."""
+    kinds = dict(r=(1.0, True, "so \\boxed{7}"), w=(0.0, True, "so \\boxed{8}"), c=(0.0, False, "so"))
+    rows_of_models = []
+    for letters in models:
+        rows = [row_of([kinds[letter][0], 1.0], kinds[letter][1], responses=[kinds[letter][2], "another"],
+                       id=f"p{i}", prompt="3+4=\x1b", answer="7") for i, letter in enumerate(letters)]
+        rows_of_models.append(rows)
+    args = some_args(show=count, model=["one", "other"][: len(models)], reward=reward)
+    return list(evaluate.side_by_side(rows_of_models, args))
+
+
+def test_evaluation_shows_the_models_responses_to_a_problem():
+    """Prompt, and each model's response, right, wrong or cut off; those first on which the models differ."""
+    shown = side_by_side(3, "rwrwwrrrrr", "rrrwrrrcrr")
+    assert [text.split()[1] for text in shown if text.startswith("\n── p")] == ["p1", "p4", "p7"]
+    assert shown[:3] == ["\n── p1\n3+4=�", "── one: wrong, read as '8'; the answer '7' as '7'\nso \\boxed{8}",
+                         "── other: right, read as '7'; the answer '7' as '7'\nso \\boxed{7}"]
+    assert shown[-1] == "── other: cut off\nso"
+    ids = [text.split()[1] for text in side_by_side(4, "rwrwwrrrrr", "rrrwwrrrrr") if text[0] == "\n"]
+    assert ids == ["p1", "p0", "p4", "p7"]  # then others, spread over the set
+    assert len(side_by_side(99, "rwr")) == 6  # all there are, of one model
+    assert side_by_side(1, "c", reward="mine.py:judge")[1] == "── one: reward 0 by mine.py:judge, cut off\nso"
+
+
+def test_few_problems_get_no_verdict(tmp_path, capsys):
+    """Below twenty the interval of a bootstrap is too narrow to say what is noise."""
+    for count, words in ((19, "no verdict on fewer than 20 problems"), (20, "more than noise")):
+        args = some_args(samples=1, model=["0", "1"], data=["d"], reference=None, show=0, out=tmp_path)
+        rows = {(name, "d"): [row_of([float(name)], responses=["\\boxed{1}"])] * count for name in "01"}
+        results = {name: {"d": evaluate.measure(rows[name, "d"])} for name in "01"}
+        evaluate.report(args, results, rows)
+        assert capsys.readouterr().out.count(words) == 1
+
+
+def test_completions_of_held_out_problems_are_kept(tmp_path, monkeypatch):
+    """Those of all processes, at each evaluation; none where none are shown."""
+    log = object.__new__(train.Log)
+    samples = [train.Sample(dict(id=name, prompt=f"{name}="), None, name.upper(), 1.0, train.HELD_OUT)
+               for name in "cab"]
+    vars(log).update(args=some_args(out=tmp_path, show_every=0))
+    log.keep_held_out(20, samples)
+    assert not os.listdir(tmp_path)
+    log.args.show_every = 7
+    log.keep_held_out(20, samples)
+    rows = [dict(id=name, prompt=f"{name}=", response=name.upper(), reward=1.0) for name in "abc"]
+    assert read_jsonl(tmp_path / "samples/000020.held_out.jsonl") == rows
+
+    def gather(parts, own):
+        parts[:] = [own, rows[:1]]
+
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    log.keep_held_out(40, [samples[0], samples[2]])
+    assert read_jsonl(tmp_path / "samples/000040.held_out.jsonl") == rows
 
 
 def test_what_is_shown_of_a_step(tmp_path):
     """samples/ has each answer with its own reward, V̂* and log-ratio; the first is printed, with what it
     tells."""
-    args = some_args(out=tmp_path, show_every=2)
+    args = some_args(out=tmp_path, show_every=2, steps=5)
     log = object.__new__(train.Log)
     vars(log).update(args=args, bar=mock.MagicMock(), already_warned=set(), history=[], zero_one=True)
     log.run = SimpleNamespace(objective=train.APO(args))
@@ -198,6 +256,7 @@ def test_what_is_shown_of_a_step(tmp_path):
     assert "── reward 0; V̂* 0.50, advantage -0.50" in log.bar.write.call_args[0][0] and log.zero_one
     show(5, [samples[0]._replace(reward=0.5)])
     assert not log.zero_one
+    assert (tmp_path / "samples/000005.jsonl").exists()  # the last step's
 
 
 @whole
@@ -240,7 +299,7 @@ def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
     monkeypatch.setattr(train, "rollout", lambda run, prompts: [graded[row] for _, row in prompts])
     for reward, more in ((None, {}), ("mine.py:judge", dict(held_out_reward=0.875))):
         run = SimpleNamespace(args=some_args(reward=reward))
-        assert train.held_out_metrics(run, range(4), mock.MagicMock()) == dict(accuracy=0.5, **more)
+        assert train.held_out_metrics(run, range(4), mock.MagicMock(), 1) == dict(accuracy=0.5, **more)
 
 
 @whole
@@ -266,7 +325,7 @@ def test_ones_own_task_end_to_end(tmp_path):
     assert {row["prompt"] for row in shown} < {row["prompt"] for row in rows}  # as Stage 1 asked
     done = inside(*evaluation(tmp_path / "e", *more, "--prompt={a}+{b}=", "--max_new_tokens=3", "--show=2"))
     assert "right: a reward of at least 1" in done.stdout
-    assert done.stdout.count(": cut off\n") == 2
+    assert len(re.findall(f"── tiny/model: reward .* by {named}", done.stdout)) == 2
     assert "pass@4  reward  finished" in done.stdout and "maj@" not in done.stdout
     own_reward(tmp_path, "return 1.0")
     done = inside(*command, "--engine=transformers", check=False)
