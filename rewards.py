@@ -226,7 +226,8 @@ def fill(template, problem, flag="--prompt"):
 
 
 def make_prompt(tokenizer, problem, template, chat, chat_args=None):
-    """The text that the policy continues: plain for base models, in the tokenizer's template for chat models."""
+    """The text that the policy continues: plain for base models, for chat models in the tokenizer's
+    template."""
     text = fill(template, problem)
     if not chat:
         if chat_args:

@@ -23,7 +23,7 @@ from vstar import estimate_vstar, run_script
 
 
 class Constant(APO):
-    """A*-PO with one number in V̂*'s place: what is V̂*(x) worth? Where the number does not stand, V̂* stays."""
+    """A*-PO with one number in V̂*'s place: what is V̂*(x) worth?"""
 
     name, out = "constant", Path("out/constant")
 
@@ -32,7 +32,7 @@ class Constant(APO):
         super().add_flags(add)
         add("--constant", float, "the number; default: the batch's mean reward", zero=True)
         add("--where", ["all", "solved", "unsolved"], "the prompts on which it stands: all, or those that "
-            "π_ref solved in Stage 1, or those that it did not")
+            "π_ref solved in Stage 1, or those that it did not. Elsewhere V̂* stays")
 
     def constants(self, run, samples):
         constants = super().constants(run, samples)
@@ -245,8 +245,8 @@ class PPO(Baseline):
 
 
 class OAPL(Baseline):
-    """A*-PO's regression, with the policy that wrote the batch in π_ref's place, and V̂* from the completion's
-    own group (arXiv 2602.19362). So there is no Stage 1, and nothing holds π at π_ref.
+    """A*-PO's regression, with the policy that wrote the batch in π_ref's place, and V̂* from the
+    completion's own group (arXiv 2602.19362). So there is no Stage 1, and nothing holds π at π_ref.
 
     --minibatches 4 takes four steps of a batch, the last three steps behind: the paper's lag. With --beta1
     inf V̂* is the group's mean reward, and this is PMD-mean (arXiv 2602.05933).
@@ -267,7 +267,8 @@ class OAPL(Baseline):
 
     def constants(self, run, samples):
         constants = super().constants(run, samples)
-        groups = constants["reward"].unflatten(0, (-1, self.completions)) if samples else constants["reward"]
+        prompts = len(samples) // self.completions
+        groups = constants["reward"].unflatten(0, (prompts, self.completions))
         vstar = torch.as_tensor(estimate_vstar(groups.cpu(), self.args.beta1)).to(groups)
         return dict(constants, vstar=vstar.repeat_interleave(self.completions))
 

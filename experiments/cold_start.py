@@ -1,8 +1,9 @@
 """From demonstrations to a π_ref: what to do where a model earns nothing yet.
 
-    python -m experiments.cold_start --model HuggingFaceTB/SmolLM2-135M-Instruct --chat \\
-        --data demonstrations.jsonl --response '{chain};\\boxed{{answer}}' --max_new_tokens 64 --out out/cold
-    python vstar.py --model out/cold/model --chat --data train.jsonl --max_new_tokens 64 --out out/cold/vstar.jsonl
+    python -m experiments.cold_start --model HuggingFaceTB/SmolLM2-135M-Instruct --chat --max_new_tokens 64 \\
+        --data demonstrations.jsonl --response '{chain};\\boxed{{answer}}' --out out/cold
+    python vstar.py --model out/cold/model --chat --max_new_tokens 64 --data train.jsonl \\
+        --out out/cold/vstar.jsonl
 
 Reinforcement learning only makes likelier what π_ref sometimes does. Where Stage 1 finds nothing right, show
 the model some hundred demonstrations first, and train it on other problems. This is supervised: it goes down
@@ -61,7 +62,8 @@ from vstar import (
 
 
 def make_parser():
-    parser = Flags("Supervised training on demonstrations, before Stage 1. The prompt's flags are vstar.py's.")
+    parser = Flags("Supervised training on demonstrations, before Stage 1. The prompt's flags are those "
+                   "of vstar.py.")
     add_policy_flags(parser)
     add = parser.group("demonstrations")
     add("--response", "{chain};\\boxed{{answer}}", "the completion, with fields of the problem in braces",
@@ -90,9 +92,10 @@ def main():
         if RANK == 0:
             outputs = [args.out / name for name in ("checkpoint", "model")]
             guard_settings(args, args.out / "config.json", outputs, ["save_every", "tokens_per_microbatch"],
-                           **{"demonstrations": hash_of(problems)})
-            print(f"cold start: {args.steps} steps of {args.batch_size} of {len(problems)} demonstrations, such "
-                  f"as {problems[0]['prompt']!r} → {fill(args.response, problems[0])!r}")
+                           demonstrations=hash_of(problems))
+            first = problems[0]
+            print(f"cold start: {args.steps} steps of {args.batch_size} of {len(problems)} demonstrations, "
+                  f"such as {first['prompt']!r} → {fill(args.response, first)!r}")
     args.lora = None
     model = load_model(args.model, args.revision, "auto", "cpu")
     policy = shard(Policy(model, device.type == "cuda"), device, getattr(torch, args.dtype), master=True)

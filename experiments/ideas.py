@@ -6,8 +6,8 @@
 
 reuse: Stage 1 has paid for completions of π_ref, and at step 1 π is π_ref. So the first steps take those, one
 of each prompt, and sample nothing. From step 2 on they are off-policy, and no importance weight says so.
-near: a prompt that π_ref always or never solves teaches little. So the prompts are taken in the order of |p̂ − ½|,
-p̂ the share of Stage 1's completions that were right.
+near: a prompt that π_ref always or never solves teaches little. So the prompts are taken in the order of
+|p̂ − ½|, p̂ the share of Stage 1's completions that were right.
 luck: a filter keeps lucky prompts, and V̂* comes from the same N completions, so it is too high. Here V̂* comes
 from the N completions after those that the filter has seen.
 """

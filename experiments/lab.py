@@ -48,7 +48,7 @@ def make_parser(description, steps=None, seeds=5):
 
 
 def run(args, script, out, done, *flags, **environment):
-    """A script, module or baseline by its name, unless an earlier start ran it to its end with these flags."""
+    """A script, a module or a baseline, unless an earlier start ran it to its end with these flags."""
     command, finished = shlex.join(flags), out / f"{script}.finished"
     if finished.exists() and finished.read_text() == command:
         return

@@ -1,7 +1,7 @@
 """Which V̂* makes the gradient least noisy, and whose completions make the noise?
 
-    python -m experiments.noise --vstar out/vstar.jsonl                        → experiments/results/noise.json
-    python -m experiments.noise --vstar out/vstar.jsonl --model out/run/model        of a policy that has learned
+    python -m experiments.noise --vstar out/vstar.jsonl                       → experiments/results/noise.json
+    python -m experiments.noise --vstar out/vstar.jsonl --model out/run/model    of a policy that has learned
 
 A completion's gradient is (r − b) ∇ ln π, up to a factor, with V̂* or some other number for b. Its mean g is
 the same for every b that depends on the prompt alone. Its noise is not: the trace of its covariance is
@@ -49,29 +49,31 @@ def main():
     first = np.array([row["rewards"][:8] for row in rows])
     solved, right = first.max(1) >= 1, rewards >= 1
     choices = baselines_of(first, rewards, solved, stage1["beta1"])
-    table = {name: noise_of(rewards - b, gradients) for name, b in choices.items()}
+    noise = {name: noise_of(rewards - b, gradients) for name, b in choices.items()}
+
     squares = (gradients**2).sum(1)
-    parts = {f"{word} of {kind} prompts": (right == (word == "right")) & (solved == (kind == "solved"))
-             for word in ("right", "wrong") for kind in ("solved", "unsolved")}
+    parts = {"right, solved prompts": right & solved, "right, unsolved prompts": right & ~solved,
+             "wrong, solved prompts": ~right & solved, "wrong, unsolved prompts": ~right & ~solved}
     shares = {}
     for name, chosen in parts.items():
         if chosen.any():
-            means = [chosen.mean(), lengths[chosen].mean(), squares[chosen].mean()]
-            shares[name] = dict(zip(("completions", "tokens", "square"), map(float, means)))
+            kind = dict(completions=chosen, tokens=lengths[chosen], square=squares[chosen])
+            shares[name] = {key: float(values.mean()) for key, values in kind.items()}
             for choice, b in choices.items():
                 every = (rewards - b) ** 2 * squares
                 shares[name][choice] = float(every[chosen].sum() / every.sum())
     every = np.array([row["rewards"] for row in rows])
-    lab.save(args.name, model=str(model), accuracy=right.mean(), solved=solved.mean(),
-             between_prompts=between_prompts(every), noise=table, shares=shares)
-    rows = [[name, *(f"{number:.3g}" for number in row.values())] for name, row in table.items()]
-    lab.show(["b", "E[(r − b)²]", "noise"], rows)
+    means = dict(accuracy=right.mean(), solved=solved.mean(), between_prompts=between_prompts(every))
+    lab.save(args.name, model=str(model), **means, noise=noise, shares=shares)
+
+    lab.show(["b", "E[(r − b)²]", "noise"],
+             [[name, *(f"{number:.3g}" for number in row.values())] for name, row in noise.items()])
     for name, row in shares.items():
         print(name, {key: round(value, 3) for key, value in row.items()})
 
 
 def gradients_of(model, rows, args):
-    """One completion of each prompt by this policy → rewards, lengths, and ∇ ln π of each: (prompts, weights)"""
+    """One completion of each prompt by this policy → its reward, its length, its ∇ ln π (prompts, weights)"""
     tokenizer, eos = add_prompts(rows, args)
     policy = Policy(load_model(model, None, torch.float32, "cpu"))
     sampler = TransformersSampler(policy, eos, args.max_new_tokens, args.temperature, 256)

@@ -203,7 +203,8 @@ def make_critic(kind, recompute, seed):
 def test_update_is_naive_autograd(algorithm, naive_loss, kind, temperature, recompute, dr_grpo, monkeypatch):
     monkeypatch.setattr(train.Policy, "chunk", lambda *_: 7)
     args = some_args(group=8, eta=0.5, passes=2, dr_grpo=dr_grpo, temperature=temperature)
-    vars(args).update(clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8, beta1=0.5, constant=None, where="all")
+    vars(args).update(clip_ratio=0.2, value_clip=0.1, gamma=0.9, lam=0.8)
+    vars(args).update(beta1=0.5, constant=None, where="all")
     critic = make_critic if algorithm is PPO else None
     compare_with_autograd(algorithm(args), naive_loss, kind, recompute, critic)
 

@@ -47,7 +47,7 @@ def logps_of(model, problem, response):
 
 @whole
 def test_it_teaches_completions_and_their_end(tmp_path):
-    """What was shown becomes likely, with its EOS. The loss is over these tokens, and not over the prompt's."""
+    """What was shown becomes likely, with its EOS. The loss is over these tokens, not over the prompt's."""
     problem, response = CHAINS[1], "9*56=504;\\boxed{504}"
     before, start = logps_of(tiny_model(), problem, response)
     data = write(tmp_path, [problem])

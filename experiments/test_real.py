@@ -20,13 +20,14 @@ def test_cold_start_both_stages_and_evaluation(tmp_path, monkeypatch):
         path = tmp_path / f"{flag[2:]}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags += [flag, str(path)]
-    flags += ["--model=tiny/model", "--steps=2", "--seeds=1", f"--name={tmp_path}/real", "--cold=--steps=30"]
+    flags += ["--model=tiny/model", "--steps=2", "--seeds=1", f"--name={tmp_path}/real"]
     flags += ["--cold=--steps=3", "--ways", "apo --lora=16", "grpo --group=4 --batch_size=8"]
     flags += ["--train=--batch_size=8 --eval_every=1", "--evaluate=--samples=2"]
     monkeypatch.setattr(sys, "argv", ["real", *flags])
     real.main()
     found = json.loads((tmp_path / "real.json").read_text())
-    assert (tmp_path / "real.png").exists() and {"eval_data accuracy", "eval_data pass@2"} == {*found["before"]}
+    assert (tmp_path / "real.png").exists()
+    assert {"eval_data accuracy", "eval_data pass@2", "eval_data majority"} == {*found["before"]}
     for (run,) in found["runs"].values():
         assert [step for step, _ in run["curve"]] == [0, 1, 2] and run["memory_gb"] > 0
         assert {"eval_data accuracy", "kl", "entropy", "seconds"} <= {*run}

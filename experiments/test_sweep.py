@@ -12,7 +12,8 @@ from test_apo import inside
 APO, GRPO = "apo --lora=4 --lr=1e-3", "grpo --group=2 after --samples=3"
 TRAIN = "@tiny/train.args --batch_size=4 --eval_limit=8 --eval_every=1"
 MEASURE = "--data tiny/test.jsonl --prompt {question} --max_new_tokens 64 --limit 8 --samples 2"
-FLAGS = [f"--evaluate={MEASURE}", "--seeds=2", "--steps=2", "--stage1=@tiny/vstar.args --samples=1 --limit=8", f"--train={TRAIN}"]
+FLAGS = ["--seeds=2", "--steps=2", "--stage1=@tiny/vstar.args --samples=1 --limit=8", f"--train={TRAIN}"]
+FLAGS += [f"--evaluate={MEASURE}"]
 
 
 @pytest.mark.whole

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from experiments import real, words
-from tests.helpers import REAL, ends_in_one_line, inside, needs_real, read_jsonl, refused
 from rewards import is_correct
+from tests.helpers import REAL, inside, needs_real, read_jsonl, refused
 
 CSV = """Question,Numbers,Equation,Answer
-"Haley picked number0 , her mother number1 . number2 were good . How many were bad ?",39.0 38.0 64.0,- + number0 number1 number2,13.0
-haley picked number0 her mother number1 number2 were good how many were bad?,39.0 38.0 64.0,- + number0 number1 number2,13.0
+"Haley had number0 , her mother number1 . number2 were good .",39.0 38.0 64.0,- + number0 number1 number2,13.0
+haley had number0 her mother number1 number2 were good,39.0 38.0 64.0,- + number0 number1 number2,13.0
 Half of number0 ?,5.0 2.0,/ number0 number1,2.5
 A third of number0 ?,10.0 3.0,/ number0 number1,3.33
 More than number0 ?,1.0 2.0,+ number0 number1,4.0
@@ -25,9 +25,9 @@ def test_svamps_files_become_problems(tmp_path):
     (tmp_path / "SVAMP.json").write_text(json.dumps(SVAMP))
     parts = words.svamp(tmp_path)
     # once, and not what is not whole, has no end, or is not what its equation gives
-    assert parts["demonstrations"] == [dict(
-        id="mawps/0", question="Haley picked 39, her mother 38. 64 were good. How many were bad?", answer="13",
-        chain="39+38=77;77-64=13")]
+    question = "Haley had 39, her mother 38. 64 were good."
+    expected = dict(id="mawps/0", question=question, answer="13", chain="39+38=77;77-64=13")
+    assert parts["demonstrations"] == [expected]
     assert parts["test"] == parts["train"] == []
     assert parts["svamp"] == [dict(id="chal-1", question="A pack costs 76 dollars. And 2?", answer="152")]
 
@@ -50,8 +50,9 @@ def test_gsm8ks_marks_become_chains(tmp_path):
 def test_other_files_are_refused(text, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(text)
-    refused(inside("-m", "experiments.words", path, f"--out={tmp_path}/out", check=False), "not the files of")
-    refused(inside("-m", "experiments.words", tmp_path, f"--out={tmp_path}/out", check=False), "not the files of")
+    for source in (path, tmp_path):
+        done = inside("-m", "experiments.words", source, f"--out={tmp_path}/out", check=False)
+        refused(done, "not the files of")
 
 
 @needs_real

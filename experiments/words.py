@@ -48,11 +48,13 @@ def svamp(folder):
     mawps = {}
     with open(folder / "data/mawps-asdiv-a_svamp/train.csv", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file)):
-            numbers = [plain(Fraction(text)) for text in row["Numbers"].split()]
-            fill = lambda text: re.sub(r"number(\d+)", lambda match: numbers[int(match[1])], text)
-            question = re.sub(r" ([.,?!;:'])", r"\1", fill(row["Question"]).strip())
+            question, equation = row["Question"], row["Equation"]
+            for i, text in reversed([*enumerate(row["Numbers"].split())]):  # number12 before number1
+                question, equation = (part.replace(f"number{i}", plain(Fraction(text)))
+                                      for part in (question, equation))
+            question = re.sub(r" ([.,?!;:'])", r"\1", question.strip())
             try:
-                chain = worked(fill(row["Equation"]).split())
+                chain = worked(equation.split())
             except (ValueError, IndexError, ZeroDivisionError):
                 continue  # an equation that is no number, or that none can write down
             answer = plain(Fraction(row["Answer"]))
