@@ -58,6 +58,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+# before torch, which reads it: vstar.py says why
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -189,7 +192,7 @@ def train(run, problems, held_out, start):
             constants = objective.constants(run, samples)
 
         # 3. down the gradient of the loss. Loss, KL and mismatch are logged of the first update, the only one
-        #    that is on-policy; reward and length of the whole batch
+        #    that is on-policy; reward and length of the whole batch, the gradient's norm of all updates
         with log.phase("update"):
             set_lr(run.optimizer, step, args)
             parts = minibatches(samples, constants, args, objective.passes)
@@ -198,8 +201,9 @@ def train(run, problems, held_out, start):
 
         # 4. measure, log, save
         done, last = step + 1, step + 1 == args.steps
-        metrics = {"step": done, **updates[0], **batch_metrics(samples)}
-        metrics["grad_clipped"] = sum(numbers["grad_clipped"] for numbers in updates) / len(updates)
+        metrics = {"step": done, **updates[0], **batch_metrics(samples, constants)}
+        for name in ("grad_norm", "grad_clipped"):
+            metrics[name] = sum(numbers[name] for numbers in updates) / len(updates)
         if held_out and (last or done % args.eval_every == 0):
             metrics |= held_out_metrics(run, held_out, log, done)
         log(metrics, samples, constants)
@@ -783,12 +787,15 @@ def policy_metrics(samples, logp, constants):
     return per_token | per_sample
 
 
-def batch_metrics(samples):
+def batch_metrics(samples, constants):
+    own = {}
+    if "vstar" in constants:  # the loss takes it
+        own["advantage"] = (constants["reward"] - constants["vstar"]).double().sum().item()
     return mean_over_ranks(
         len(samples),
         reward=sum(sample.reward for sample in samples),
         vstar=sum(sample.problem["vstar"] for sample in samples),
-        advantage=sum(sample.reward - sample.problem["vstar"] for sample in samples),
+        **own,
         length=sum(len(sample.completion.tokens) for sample in samples),
         finished=sum(sample.completion.finished for sample in samples),
         unsolved=sum(max(sample.problem["rewards"]) < 1 for sample in samples))
@@ -957,8 +964,12 @@ class Log:
         self.seconds[name] += time.perf_counter() - began
 
     def on_signal(self, number, _):
-        if RANK == 0 and not self.signals:
-            os.write(2, b"\nstopping after this step\n")  # not print: the signal may have interrupted one
+        say = lambda text: os.write(2, text) if RANK == 0 else None  # not print: it may have interrupted one
+        if not self.signals:
+            say(b"\nstopping after this step\n")
+        elif signal.SIGINT in (number, *self.signals):  # a second Ctrl-C; torchrun sends SIGTERM in its place
+            say(b"\nended at once; the same command resumes from the last checkpoint\n")
+            os._exit(128 + number)
         self.signals.append(number)
 
     def asked_to_stop(self):

@@ -12,8 +12,12 @@ verl, TRL (GRPO's group) and REBEL's release. `constant` is the control: A*-PO w
 """
 
 import math
+import os
 import sys
 from pathlib import Path
+
+# before torch, which reads it: vstar.py says why
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 
@@ -61,6 +65,7 @@ class Baseline(APO):
 
     def constants(self, run, samples):
         constants = super().constants(run, samples)
+        del constants["vstar"]  # reward − V̂* is not their advantage
         # with several updates a batch π is no longer what wrote the completions: its first ln π are kept
         if self.args.minibatches * self.passes > 1 or self.always_old_logp:
             constants["old_logp"] = token_logps(run.policy, samples, self.args, run.device)

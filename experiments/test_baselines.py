@@ -85,7 +85,9 @@ def test_a_constant_stands_where_it_is_said(constant, where, expected):
         samples[i] = sample._replace(reward=float(i == 3))
     objective = Constant(some_args(constant=constant, where=where))
     reference = train.Policy(small_model())
-    vstar = objective.constants(run_of(objective, None, reference), samples)["vstar"]
+    constants = objective.constants(run_of(objective, None, reference), samples)
+    vstar, logged = constants["vstar"], train.batch_metrics(samples, constants)
+    assert logged["advantage"] == pytest.approx(logged["reward"] - vstar.mean().item(), abs=1e-6)
     assert vstar.tolist() == pytest.approx(expected)
 
 
@@ -236,6 +238,7 @@ def test_each_runs_and_resumes(name, lora, all_rows, tmp_path):
     rows = metrics(tmp_path / "one")
     assert [row["step"] for row in rows] == list(range(5))
     assert rows[1]["log_ratio_abs"] < 1e-5 < rows[2]["log_ratio_abs"]
+    assert ("advantage" in rows[1]) == (name in ("oapl", "constant"))  # theirs is reward − V̂*
     for steps in (2, 4):
         inside(*command("two", steps))
     assert metrics(tmp_path / "two") == rows and weights(tmp_path / "two") == weights(tmp_path / "one")

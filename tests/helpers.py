@@ -54,7 +54,8 @@ def long(test):
 
 def long_value(value):
     """Of a parameter: the test with it is long."""
-    return pytest.param(value, marks=[pytest.mark.long, whole])
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=[pytest.mark.long, whole])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -194,6 +195,15 @@ def copy_rows(rows, path, lines=None):
     """Stage 1's files under another name, perhaps with other rows."""
     path.write_text(rows.read_text() if lines is None else "\n".join(lines) + "\n")
     path.with_suffix(".config.json").write_text(rows.with_suffix(".config.json").read_text())
+    return path
+
+
+def all_of_stage1(path):
+    """Its settings say that the rows that are there are all."""
+    config = path.with_suffix(".config.json")
+    content = json.loads(config.read_text())
+    content["settings"] |= {"problems' ids": vstar.hash_of_ids(read_jsonl(path))}
+    config.write_text(json.dumps(content))
     return path
 
 

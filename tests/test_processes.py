@@ -21,6 +21,7 @@ from tests.helpers import (
     inside,
     kill,
     long,
+    long_value,
     metrics,
     read_jsonl,
     stage1,
@@ -29,6 +30,7 @@ from tests.helpers import (
     torchrun,
     wait_until,
     weights,
+    whole,
 )
 
 
@@ -53,6 +55,27 @@ def test_checkpoints_between_one_two_and_four_ranks(more, trained, all_rows, tmp
     for count, steps in ((2, 1), (4, 2), (1, 4)):
         torchrun(count, *stage2(all_rows, tmp_path / "run", *more, f"--steps={steps}"))
     close(metrics(tmp_path / "run")[2:], metrics(one)[2:5])
+
+
+@whole
+@pytest.mark.parametrize("signals,code,line", [
+    ("SIGINT SIGINT", 130, "ended at once; the same command resumes from the last checkpoint"),
+    long_value(("SIGINT SIGTERM", 143, "ended at once")),  # torchrun's, for a second Ctrl-C
+    long_value(("SIGTERM SIGTERM", 143, "stopped and saved after step 1")),  # a scheduler may repeat itself
+    long_value(("SIGINT", 130, "stopped and saved after step 1")),
+])
+def test_a_second_ctrl_c_ends_the_run_at_once(signals, code, line, all_rows, tmp_path):
+    """The first waits for the step, which is long here."""
+    path, step = tmp_path / "metrics.jsonl", ["--batch_size=1000", "--eval_limit=1", "--show_every=0"]
+    process = start(*stage2(all_rows, tmp_path, *step), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_until(lambda: path.exists() and path.read_text(), process)
+    for name in signals.split():
+        process.send_signal(signal.Signals[name])
+        time.sleep(0.2)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == code, output
+    assert line in output.strip().splitlines()[-1] and output.count("stopping after this step") == 1
+    assert (tmp_path / "checkpoint").exists() == ("saved" in line)
 
 
 def nodes(count, each, *command):
