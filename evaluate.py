@@ -14,7 +14,8 @@ and data set it says:
     python evaluate.py --model out/run/model --data gsm8k --temperature 0 --show 20
 
 It writes into out/eval/: all completions with their rewards (a .jsonl per model and data set), results.json,
-accuracy.png. A killed run is resumed by the same command. torchrun splits the problems over GPUs.
+accuracy.png. A killed run is resumed by the same command, which grades again what another reward, or an
+edited one, has graded. torchrun splits the problems over GPUs.
 """
 
 import gc

@@ -8,6 +8,7 @@ What a model wrote is untrusted text. A small parser reads it; nothing is ever e
     python rewards.py 'so \\boxed{\\frac12}' 0.5        how both sides are read, or why not, and the verdict
 """
 
+import hashlib
 import json
 import math
 import operator
@@ -41,19 +42,25 @@ def reward(response, answer, finished):
     return 0.0
 
 
-@lru_cache  # a file is run once: a batch should not be graded by what was edited since
+@lru_cache  # a file is read once: a batch should not be graded by what was edited since
 def load_reward(named):
-    """'FILE.py:FUNCTION' → that function of (response, problem, finished); None → the one above."""
-    if named is None:
-        return lambda response, problem, finished: reward(response, problem["answer"], finished)
-    path, _, name = named.rpartition(":")
+    """'FILE.py:FUNCTION' → that function of (response, problem, finished), and a hash of its code.
+
+    None → the one above.
+    """
+    path, _, name = (named or f"{__file__}:reward").rpartition(":")
+    if not path:
+        fail(f"--reward {named}: which function of it? It should be FILE.py:FUNCTION")
     try:  # not an import, which may take a .pyc for an edited file
-        functions = runpy.run_path(path, run_name="custom_reward")
+        code = hashlib.blake2b(Path(path).read_bytes() + name.encode(), digest_size=8).hexdigest()
+        functions = runpy.run_path(path, run_name="custom_reward") if named else {}
     except (Exception, SystemExit) as error:  # the user's own code
         fail(f"--reward {named}, which should be FILE.py:FUNCTION: {type(error).__name__}: {error}")
+    if named is None:
+        return lambda response, problem, finished: reward(response, problem["answer"], finished), code
     if name not in functions:
         fail(f"--reward {named}: no function {name!r} in it")
-    return functions[name]
+    return functions[name], code
 
 
 def final_answers(text):
@@ -170,7 +177,8 @@ def load_problems(
             fail(f'{where}: not an object like {{"id": …, "question": …, "answer": …}}')
         question = text_of(row, question_field, where)
         lacks = custom_reward and answer_field == "answer" and row.get("answer") in (None, "")
-        answer = "" if lacks else text_of(row, answer_field, where)
+        hint = "" if custom_reward else "; or did you mean to give a --reward?"
+        answer = "" if lacks else text_of(row, answer_field, where, hint)
         key = str(row.get("id", f"{name}/{number}"))
         if key in problems:
             fail(f"{where}: the id {key!r} was used before")
@@ -178,7 +186,7 @@ def load_problems(
         gold = ["", *final_answers(answer)][-1] or answer.strip()
         # as JSON has them, so that both stages' rewards see the same: a file of Stage 1 lies between
         fields = json.loads(json.dumps(row, default=str))
-        for field in ("rewards", "vstar", "lengths", "finished", "responses"):
+        for field in ("rewards", "vstar", "lengths", "finished", "responses", "graded_by"):
             fields.pop(field, None)
         problems[key] = {**fields, "id": key, "question": question, "answer": gold}
     if not problems:
@@ -199,13 +207,13 @@ def file_rows(path):
     return content if isinstance(content, list) else [content]
 
 
-def text_of(row, field, where):
+def text_of(row, field, where, hint=""):
     """A field of a row as text. A row without it ends the run."""
     content = row.get(field)
     if isinstance(content, list):  # OlympiadBench keeps a list of final answers
         content = ", ".join(map(str, content))
     if content is None or not str(content).strip():
-        fail(f"{where}: no {field!r} (the row has: {', '.join(map(str, row)) or 'nothing'})")
+        fail(f"{where}: no {field!r} (the row has: {', '.join(map(str, row)) or 'nothing'}){hint}")
     return str(content)
 
 

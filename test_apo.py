@@ -737,7 +737,7 @@ def test_stage1_rows(undisturbed):
     problems = {problem["id"]: problem for problem in read_jsonl(HERE / "tiny/train.jsonl")[:384]}
     assert [row["id"] for row in rows] == sorted(problems)
     for row in rows:
-        names = "id question answer prompt rewards vstar lengths finished responses"
+        names = "id question answer prompt rewards vstar lengths finished responses graded_by"
         assert {*row} == {*names.split()}
         assert row["prompt"] == problems[row["id"]]["question"]
         assert row["rewards"] == [rewards.reward(text, row["answer"], finished)
@@ -805,11 +805,12 @@ def test_answers_are_kept_for_another_n(undisturbed, tmp_path):
 
 def read_stage1(rewards, folder, monkeypatch, *flags):
     """What Stage 2 reads of a Stage 1 with these rewards, {id: its rewards}, and β1 = 1."""
-    rows = [dict(id=name, rewards=numbers, vstar=0.0) for name, numbers in rewards.items()]
+    rows = [dict(id=name, rewards=numbers, graded_by="") for name, numbers in rewards.items()]
     monkeypatch.setattr(train, "read_rows", lambda path: rows)
-    monkeypatch.setattr(train, "fingerprint", lambda *_: {})
-    settings = {**dict.fromkeys(train.FROM_STAGE1),
-                "temperature": 1, "beta1": 1, "data": "d", "split": "train"}
+    files = {"model's files": "", "reward's file": ""}
+    monkeypatch.setattr(train, "fingerprint", lambda *_: files)
+    settings = {**dict.fromkeys(train.FROM_STAGE1), **files, "temperature": 1, "beta1": 1, "data": "d",
+                "split": "train", "number of problems": len(rows), "problems' ids": vstar.hash_of_ids(rows)}
     config = dict(settings=settings, samples=len(rows[0]["rewards"]))
     (folder / "v.config.json").write_text(json.dumps(config))
     (folder / "v.jsonl").touch()

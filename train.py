@@ -72,7 +72,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import DATASETS, fail, load_problems, load_reward, readable
+from rewards import DATASETS, fail, load_problems, readable
 from vstar import (
     RANK,
     WORLD,
@@ -89,6 +89,7 @@ from vstar import (
     grade,
     guard_settings,
     hash_of,
+    hash_of_ids,
     load_model,
     make_sampler,
     mean_and_interval,
@@ -418,7 +419,8 @@ def rollout(run, prompts, n=1):
     for (serial, problem), group in zip(prompts, completions):
         pairs += [(problem, completion) for completion in group]
         serials += [serial] * n
-    graded = grade(run.args, run.tokenizer, pairs)
+    of_eval_data = f" of {run.args.eval_data}" if HELD_OUT in serials else ""
+    graded = grade(run.args, run.tokenizer, pairs, of_eval_data)
     # the completion's tokens go into the loss as they are; the response encoded again could give others
     return [Sample(*pair, *result, serial) for pair, result, serial in zip(pairs, graded, serials)]
 
@@ -547,17 +549,23 @@ def read_stage1(args):
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
         stage1, samples = content["settings"], content["samples"]
+        count, ids = stage1["number of problems"], stage1["problems' ids"]
         vars(args).update({key: stage1[key] for key in FROM_STAGE1})
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{config}: not there, or not the settings that this vstar.py writes; run it again")
     rows = read_rows(args.vstar)
-    if not rows:
-        fail(f"{args.vstar}: no rows in it; run vstar.py again, with --overwrite")
-    load_reward(args.reward)
-    for name, now in fingerprint(args.model, args.reward).items():
-        if now != stage1.get(name):
-            fail(f"{name} changed since Stage 1; {args.vstar} holds other V̂*: run vstar.py again, with "
-                 "--overwrite")
+    if hash_of_ids(rows) != ids:
+        fail(f"{args.vstar}: {len(rows)} rows, and Stage 1 had {count} problems; the same vstar.py command "
+             "samples again what is missing")
+    now = fingerprint(args.model, args.reward)
+    if now["model's files"] != stage1["model's files"]:
+        if not Path(args.model).is_dir():
+            fail(f"--model {args.model}, of which {args.vstar} is: no such folder any more")
+        fail(f"model's files changed since Stage 1; {args.vstar} holds other V̂*: run vstar.py again, with "
+             "--overwrite")
+    if any(row.get("graded_by") != now["reward's file"] for row in rows):
+        fail(f"{args.vstar}: the reward's file changed since Stage 1; the same vstar.py command grades its "
+             "completions again")
     return stage1, samples, rows
 
 
@@ -604,7 +612,9 @@ def guard_run(args, objective, stage1, problems, held_out):
     total = round(sum(problem["vstar"] for problem in problems), 6)  # another CPU may round otherwise
     more = {"algorithm": objective.name, "stage1": stage1, "sum of V̂*": total}
     more["eval_data's problems"] = hash_of(held_out)
-    guard_settings(args, args.out / "config.json", outputs, may_change, **more)
+    precious = [*checkpoints(args.out), args.out / "model"]
+    # FROM_STAGE1 is in `stage1`, too
+    guard_settings(args, args.out / "config.json", outputs, precious, may_change, FROM_STAGE1, **more)
 
 
 def make_run(args, objective, tokenizer, eos, prompts, device):

@@ -16,9 +16,11 @@ It writes out/vstar.jsonl, out/vstar.config.json (the settings) and out/vstar.pn
 problem with all its fields, its prompt, and lists over its N completions (here N = 2):
 
     {"id": "7", "question": "2+2=", "answer": "4", "prompt": "2+2=", "rewards": [1.0, 0.0], "lengths": [5, 7],
-     "finished": [true, true], "responses": ["\\boxed{4}", "2+2=5;\\boxed{5}"], "vstar": 0.717}
+     "finished": [true, true], "responses": ["\\boxed{4}", "2+2=5;\\boxed{5}"], "vstar": 0.717,
+     "graded_by": "5f0c3e1ad92b7746"}
 
-A killed run is resumed by the same command.
+A killed run is resumed by the same command. With an edited or another --reward the same command grades the
+completions that exist again, and samples nothing: `graded_by` is a hash of the reward's code.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -40,9 +43,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from itertools import groupby, product
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import NamedTuple
+
+# OpenMP's threads should not spin long for a core that another program has. It is read as torch loads
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
@@ -127,25 +133,31 @@ def prepare(args):
     return problems, *add_prompts(problems, args)
 
 
-def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_tokens=False):
-    """Writes N graded completions of each problem into args.out, a row each, sorted by id.
+def sample_all(args, problems, tokenizer, eos, device, beta1=None, keep_tokens=False):
+    """Writes N graded completions of each problem into args.out, a row each, sorted by id; with beta1 also V̂*.
 
     All processes share the work, in chunks of problems; a chunk is a file that appears whole. Completions
     that exist are kept, those of a killed run and those of a run with other --samples: the random numbers of
     a problem's i-th completion do not depend on N.
-    → tokens per second, if all processes are as quick as this one; None where nothing was left to do
+    → tokens per second of all processes, or None
     """
     n, parts = args.samples, parts_of(args.out)
-    rows = existing_rows(args.out)
+    with first_process_first(f"graded {args.out}"):
+        rows = existing_rows(args)
+        if RANK == 0:
+            grade_again(args, problems, rows, beta1)
+    tokens_in = lambda rows: sum(sum(row["lengths"]) for row in rows.values())
+    tokens_before = tokens_in(rows)
     count = lambda problem: len(rows.get(problem["id"], {}).get("rewards", []))
     chunks = split_into_chunks(problems, count, args)[RANK::WORLD]
     for problem in problems:
         if count(problem) >= n:
             del rows[problem["id"]]  # it is done, and all that are done may be gigabytes
     barrier(f"read {args.out}")  # before anyone writes
-    speed = None
+    speed, start = None, time.perf_counter()
     if chunks:
         sampler = make_sampler(args, eos, problems, device)
+        start, tokens = time.perf_counter(), 0  # the model is loaded
         requests = []
         for chunk in chunks:
             seeds = [prompt_seed(args.seed, problem["id"]) for problem in chunk]
@@ -153,7 +165,6 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
         label = "sampling" if WORLD == 1 else f"sampling (1 of {WORLD} shares)"
         total = sum(len(chunk) for chunk in chunks)
         bar = tqdm(desc=label, total=total, unit="prompt", disable=RANK > 0)
-        start, tokens = time.time(), 0
         for index, completions in sampler.stream(requests, n):
             chunk = chunks[index]
             pairs = [(problem, completion) for problem, group in zip(chunk, completions)
@@ -164,23 +175,25 @@ def sample_all(args, problems, tokenizer, eos, device, beta1=math.inf, keep_toke
                 tokens += len(completion.tokens)
             done = [rows.pop(problem["id"]) for problem in chunk]
             for row in done:
-                row["vstar"] = estimate_vstar(row["rewards"], beta1)
+                complete(row, args, beta1)
                 if not keep_tokens:
                     del row["tokens"]
             write_rows(parts / f"{prompt_seed(n, chunk[0]['id'])}.jsonl", done)
-            speed = WORLD * tokens / (time.time() - start)
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            of_share = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{of_share:,.0f} tokens/s", refresh=False)
             bar.update(len(chunk))
         bar.close()
         sampler.close()
     barrier(f"sampled {args.out}")
+    seconds = time.perf_counter() - start  # of the slowest process, too
     if RANK == 0 and parts.exists():
-        rows = existing_rows(args.out)  # which count() reads
+        rows = existing_rows(args)  # which count() reads
         if any(count(problem) < n for problem in problems):
             fail(f"{parts}: completions of other processes do not appear there; do all nodes share the "
                  "folder? The same command resumes from here")
         write_rows(args.out, sorted(rows.values(), key=lambda row: row["id"]))
         remove(parts)
+        speed = (tokens_in(rows) - tokens_before) / seconds
     barrier(f"merged {args.out}")
     return speed
 
@@ -195,12 +208,45 @@ def append_completion(row, completion, response, reward):
     row.setdefault("tokens", []).append(completion.tokens)
 
 
-def existing_rows(out):
+def complete(row, args, beta1):
+    """What a row says of its rewards."""
+    if beta1:
+        row["vstar"] = estimate_vstar(row["rewards"], beta1)
+    _, row["graded_by"] = load_reward(args.reward)
+
+
+def existing_rows(args):
     """{id: row} of all completions that exist: those of the file, and those of a run that was killed."""
-    paths = [out] * out.exists() + list(parts_of(out).glob("*.jsonl"))
+    paths = [args.out] * args.out.exists() + list(parts_of(args.out).glob("*.jsonl"))
     rows = [row for path in paths for row in read_rows(path)]
-    rows.sort(key=lambda row: len(row["rewards"]))
-    return {row["id"]: row for row in rows}  # of two rows of a problem the later one, which has more
+    _, today = load_reward(args.reward)
+    # of two rows of a problem the later one stays: it has more completions, or as many with today's rewards
+    rows.sort(key=lambda row: (len(row["rewards"]), row.get("graded_by") == today))
+    return {row["id"]: row for row in rows}
+
+
+def grade_again(args, problems, rows, beta1):
+    """Those of `rows` whose rewards are of other code than today's. A chunk is a part, as in sample_all."""
+    _, today = load_reward(args.reward)
+    problem_of, changed = {problem["id"]: problem for problem in problems}, []
+    old = [row for row in rows.values() if row.get("graded_by") != today]
+    for chunk in tqdm(batched(old, 256), desc="grading again", disable=not old):
+        answers = [(row, *answer) for row in chunk
+                   for answer in zip(row["responses"], row["finished"], row["rewards"])]
+        rewards = rewards_of(args, [(problem_of[row["id"]], response, finished)
+                                    for row, response, finished, _ in answers])
+        changed += [(row["prompt"], response, before, now)
+                    for (row, response, _, before), now in zip(answers, rewards) if now != before]
+        rewards = iter(rewards)
+        for row in chunk:
+            row["rewards"] = [*islice(rewards, len(row["rewards"]))]
+            complete(row, args, beta1)
+        write_rows(parts_of(args.out) / f"{prompt_seed(today, chunk[0]['id'])}.jsonl", chunk)
+    if old:
+        print(f"{args.out}: the completions of {len(old)} problems are graded again; {len(changed)} rewards "
+              "changed")
+    for prompt, response, before, now in changed[:3]:
+        print(f"── {readable(prompt)}\n{readable(response)}\n── reward {before:g}, now {now:g}")
 
 
 def split_into_chunks(problems, count, args):
@@ -351,32 +397,39 @@ def make_sampler(args, eos, problems, device, training=False):
     return TransformersSampler(model, eos, args.max_new_tokens, args.temperature, args.decode_rows)
 
 
-def grade(args, tokenizer, pairs):
-    """[(problem, completion)] → [(response, reward)]"""
-    judge = load_reward(args.reward)
+def grade(args, tokenizer, pairs, source=""):
+    """[(problem, completion)] → [(response, reward)]; an error names the problem and its `source`"""
     responses = [tokenizer.decode(completion.tokens, skip_special_tokens=True) for _, completion in pairs]
+    answers = [(problem, response, completion.finished)
+               for (problem, completion), response in zip(pairs, responses)]
+    return [*zip(responses, rewards_of(args, answers, source))]
 
-    def reward_of(pair, response):
-        problem, completion = pair
-        value = judge(response, problem, completion.finished)
+
+def rewards_of(args, answers, source=""):
+    """[(problem, response, finished)] → [reward]"""
+    judge, _ = load_reward(args.reward)
+
+    def reward_of(answer):
+        problem, response, finished = answer
+        value = judge(response, problem, finished)
         if not math.isfinite(value):  # what is no number raises a TypeError
             raise ValueError(f"a reward of {value}")
         return float(value)
 
-    graded = []
+    rewards = []
     # threads, so that a custom reward which waits for a process or a server does not hold up the others
     with ThreadPoolExecutor(32 if args.reward else 1) as pool:
-        rewards = pool.map(reward_of, pairs, responses)
-        for (problem, _), response in zip(pairs, responses):
+        waiting = pool.map(reward_of, answers)
+        for problem, response, _ in answers:
             try:
-                graded.append((response, next(rewards)))
+                rewards.append(next(waiting))
             except (Exception, SystemExit) as error:  # of the user's code; a 0 instead would be trained on
                 path = str(args.reward).rpartition(":")[0]
                 trace = traceback.extract_tb(error.__traceback__)
                 lines = [f", line {frame.lineno}" for frame in trace if frame.filename == path]
                 fail(f"--reward {args.reward}{''.join(lines[-1:])}: {type(error).__name__}: {error}; "
-                     f"problem {problem['id']}, response {response[:80]!r}")
-    return graded
+                     f"problem {problem['id']}{source}, response {response[:80]!r}")
+    return rewards
 
 
 def prompt_seed(seed, key):
@@ -783,7 +836,9 @@ def start_process(args, group=False):
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // local_world))
+        # of one process the cores may be the user's choice
+        if local_world > 1 or "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, cores // local_world))
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.init()  # or a device mesh picks GPU number LOCAL_RANK, though this process sees only one
@@ -843,7 +898,8 @@ def first_process_first(label):
 def load_tokenizer(args):
     """→ the tokenizer, the ids that end a completion, and how many tokens the model can see"""
     model, revision = args.model, args.revision
-    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1  # a hub id is owner/name
+    if is_path and not Path(model).is_dir():
         fail(f"--model {model}: no such folder")
     transformers.utils.logging.disable_progress_bar()
     config = from_pretrained(transformers.AutoConfig, model, revision)
@@ -875,7 +931,8 @@ def from_pretrained(kind, model, revision, **more):
     try:
         return kind.from_pretrained(model, revision=revision, **more)
     except Exception as error:  # a broken folder fails in as many ways as there are models and tokenizers
-        fail(f"--model {model}: no {kind.__name__} loads from it ({error})")
+        folder = "" if Path(model).is_dir() else "no such folder, and as a name on the hub: "
+        fail(f"--model {model}: {folder}no {kind.__name__} loads from it ({error})")
 
 
 def add_prompts(problems, args):
@@ -972,15 +1029,20 @@ def parts_of(out):
 def guard_completions(args, problems, may_change=(), **more):
     """guard_settings for what sample_all writes."""
     more |= fingerprint(args.model, args.reward) | {"data's problems": hash_of(problems)}
-    config, outputs = args.out.with_suffix(".config.json"), [args.out, parts_of(args.out)]
-    guard_settings(args, config, outputs, ["samples", *may_change], **more)
+    more |= {"number of problems": len(problems), "problems' ids": hash_of_ids(problems)}
+    config, parts = args.out.with_suffix(".config.json"), parts_of(args.out)
+    # another reward grades again
+    kept = ["reward", "reward's file", "number of problems", "problems' ids"]
+    guard_settings(args, config, [args.out, parts], [args.out, *parts.glob("*.jsonl")],
+                   ["samples", *may_change], kept, **more)
 
 
-def guard_settings(args, config, outputs, may_change=(), **more):
+def guard_settings(args, config, outputs, precious, may_change=(), kept=(), **more):
     """May this run resume from `outputs`? Only if a run with the same settings made them.
 
     The settings are all flags and `more`, and `config` keeps them. `may_change` names those that leave
-    earlier results usable.
+    earlier results usable, `kept` those that are only written down. Where nothing `precious` exists, a run
+    with other settings starts afresh.
     """
     may_change = {"out", "overwrite", "decode_rows", "gpu_memory", *may_change}
     settings = json.loads(json.dumps(vars(args) | more, default=str))
@@ -990,28 +1052,48 @@ def guard_settings(args, config, outputs, may_change=(), **more):
         if any(source.resolve().is_relative_to(path.resolve()) for path in outputs):
             fail(f"--out {args.out} would take the place of --{flag} {source}; name another")
     existing = [path for path in (config, *outputs) if path.exists()]
-    if args.overwrite:
-        for path in existing:
-            remove(path)
-    elif existing:
+    afresh = args.overwrite
+    if existing and not afresh:
         try:
             old = dict(json.loads(config.read_text(encoding="utf-8"))["settings"])
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{existing[0]} is there, but not with a run's settings in {config.name}; --overwrite "
                  "starts afresh")
-        dashes = lambda key: "--" if hasattr(args, key) else ""
-        changed = [f"{dashes(key)}{key} (was {old.get(key)}, now {settings.get(key)})"
-                   for key in settings | old if old.get(key) != settings.get(key)]
-        if changed:
-            fail(f"{config}: the run was begun with other settings: {', '.join(changed)}; --overwrite throws "
+        afresh = [*differences(args, old, settings, kept)]
+        if afresh and any(path.exists() for path in precious):
+            fail(f"{config}: the run was begun with other settings: {', '.join(afresh)}; --overwrite throws "
                  "it away")
+    if afresh:
+        strange = [file for path in outputs for file in path.rglob("*")
+                   if file.is_file() and not MADE.fullmatch(file.name)]
+        if strange:
+            fail(f"{strange[0]}: no run wrote this, and a new start would throw it away; move it")
+        for path in existing:
+            remove(path)
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
     content = dict(settings=settings, samples=getattr(args, "samples", None), versions=versions)
     write_text(config, json.dumps(content, indent=1) + "\n")
 
 
+MADE = re.compile(  # the files in a run's folders: completions, checkpoints, and what transformers saves
+    r"(\d+(\.held_out)?\.jsonl|\.metadata|.*\.(distcp|safetensors|bin|model|jinja|tiktoken)|merges\.txt|"
+    r"vocab\.txt|((generation_|tokenizer_)?config|tokenizer|vocab|added_tokens|special_tokens_map|"
+    r"chat_template|.*\.index)\.json)(\.tmp)?")
+
+
+def differences(args, old, new, kept=(), of=""):
+    """What two runs' settings do not share, in words; those of Stage 1 one by one."""
+    for key in new | old:
+        was, now = old.get(key), new.get(key)
+        if key == "stage1":
+            yield from differences(args, was or {}, now or {}, of="Stage 1's ")
+        elif was != now and key not in kept:
+            dashes = "--" if hasattr(args, key) or of and " " not in key else ""
+            yield f"{of}{dashes}{key} (was {was}, now {now})"
+
+
 def fingerprint(model, reward=None):
-    """Hashes of the model's and the reward's files, so that an edit under the same name is noticed.
+    """Hashes of the model's files and the reward's code, so that an edit under the same name is noticed.
 
     Of each file in a local model's folder it reads 4 KB in 256 places. (--revision names the hub's.)
     """
@@ -1024,9 +1106,7 @@ def fingerprint(model, reward=None):
             for part in range(256):
                 file.seek(path.stat().st_size * part // 256)
                 weights.update(file.read(4096))
-    code = Path(reward.rpartition(":")[0]).read_bytes() if reward else b""
-    custom = hashlib.blake2b(code, digest_size=8)
-    return {"model's files": weights.hexdigest(), "reward's file": custom.hexdigest()}
+    return {"model's files": weights.hexdigest(), "reward's file": load_reward(reward)[1]}
 
 
 def hash_of(problems):
@@ -1038,6 +1118,10 @@ def hash_of(problems):
     return digest.hexdigest()
 
 
+def hash_of_ids(problems):
+    return hash_of([dict(id=key) for key in sorted({problem["id"] for problem in problems})])
+
+
 def read_rows(path, n=None):
     """The rows that sample_all wrote, with the first n completions of each."""
     rows = []
@@ -1045,9 +1129,9 @@ def read_rows(path, n=None):
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                for key in row.keys() & {"rewards", "lengths", "finished", "responses", "tokens"}:
+                for key in {"rewards", *row} & {"rewards", "lengths", "finished", "responses", "tokens"}:
                     row[key] = row[key][:n]
-                rows.append(row | dict(vstar=float(row["vstar"])))
+                rows.append(row)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}, line {number}: torn, or not a row of completions; remove this line, and the "
                      "command that made the file samples its completions again")

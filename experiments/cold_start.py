@@ -31,6 +31,7 @@ from train import (
     Policy,
     Run,
     Sample,
+    checkpoints,
     full_tensor,
     last_checkpoint,
     load_checkpoint,
@@ -90,9 +91,10 @@ def main():
         problems, tokenizer, _ = prepare(args)
         check(args, tokenizer, problems)
         if RANK == 0:
-            outputs = [args.out / name for name in ("checkpoint", "model")]
-            guard_settings(args, args.out / "config.json", outputs, ["save_every", "tokens_per_microbatch"],
-                           demonstrations=hash_of(problems))
+            model = args.out / "model"
+            outputs, precious = [args.out / "checkpoint", model], [*checkpoints(args.out), model]
+            guard_settings(args, args.out / "config.json", outputs, precious,
+                           ["save_every", "tokens_per_microbatch"], demonstrations=hash_of(problems))
             first = problems[0]
             print(f"cold start: {args.steps} steps of {args.batch_size} of {len(problems)} demonstrations, "
                   f"such as {first['prompt']!r} → {fill(args.response, first)!r}")

@@ -13,6 +13,7 @@ import train
 import vstar
 from tests.helpers import (
     HERE,
+    all_of_stage1,
     copy_rows,
     ends_in_one_line,
     evaluation,
@@ -75,7 +76,7 @@ def test_guard_settings(tmp_path, capsys):
         flags = dict(model="m", samples=8, engine="transformers", revision=None)
         flags |= dict(out=made, overwrite=False, decode_rows=1, show=3)
         args = SimpleNamespace(**flags | more)
-        vstar.guard_settings(args, config, [made], ["show"], algorithm=algorithm)
+        vstar.guard_settings(args, config, [made], [made], ["show"], algorithm=algorithm)
 
     guard()
     saved = json.loads(config.read_text())
@@ -98,6 +99,80 @@ def test_guard_settings(tmp_path, capsys):
     ends_in_one_line(capsys, guard, "rows.jsonl is there", "rows.config.json", "--overwrite")
     guard(overwrite=True, samples=4)
     assert not made.exists() and settings_in(config)["samples"] == 4
+    guard(samples=2, temperature=3)  # nothing is lost by that
+    assert settings_in(config)["temperature"] == 3
+
+
+def test_what_follows_from_other_settings_is_compared_one_by_one():
+    args = SimpleNamespace(lr=1, out="run")
+    old, new = (dict(lr=lr, algorithm="apo", stage1={"seed": lr, "model": "m", "model's files": lr})
+                for lr in (1, 2))
+    assert [*vstar.differences(args, old, new)] == [
+        "--lr (was 1, now 2)", "Stage 1's --seed (was 1, now 2)", "Stage 1's model's files (was 1, now 2)"]
+    assert [*vstar.differences(args, old, new | dict(stage1=old["stage1"]), ["lr"])] == []
+
+
+def test_overwrite_takes_what_a_run_made(trained, tmp_path, capsys):
+    """A user's file in one of its folders is named, and nothing is touched; beside them it stays."""
+    out = shutil.copytree(trained[0], tmp_path / "run")
+    (out / "notes.txt").write_text("mine")
+    names = ["checkpoint", "metrics.jsonl", "curves.png", "samples", "model"]
+    args = SimpleNamespace(overwrite=True, out=out)
+    guard = lambda: vstar.guard_settings(args, out / "config.json", [out / name for name in names], [])
+    for name in ("samples/notes.txt", "samples/best.jsonl", "checkpoint/old/notes.md", "model/notes.txt",
+                 "checkpoint/00000006/mine.py"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        before = sorted(out.rglob("*"))
+        ends_in_one_line(capsys, guard, f"{out}/{name}", "move it")
+        assert sorted(out.rglob("*")) == before
+        (out / name).unlink()
+    torn = out / "samples/000009.jsonl.tmp", out / "samples/000003.held_out.jsonl"
+    for path in torn:
+        path.write_text("")
+    guard()
+    assert sorted(os.listdir(out)) == ["config.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", [
+    "model-00001-of-00002.safetensors", "model.safetensors.index.json", "generation_config.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja"])
+def test_what_transformers_saves_is_a_runs(name):
+    assert vstar.MADE.fullmatch(name)
+
+
+@whole
+def test_a_run_of_which_nothing_was_kept_is_not_refused(trained, all_rows, tmp_path):
+    """Neither Stage 1 before its first chunk nor Stage 2 before its first checkpoint."""
+    out = tmp_path / "v.jsonl"
+    inside(*stage1(out, "--limit=4"))
+    out.unlink()
+    torn = vstar.parts_of(out) / "1.jsonl.tmp"  # as a kill leaves it
+    torn.parent.mkdir()
+    torn.write_text("{")
+    inside(*stage1(out, "--limit=4", "--seed=3"))
+    assert settings_in(tmp_path / "v.config.json")["seed"] == 3
+    refused(inside(*stage1(out, "--limit=4", "--seed=4"), check=False), "--seed (was 3, now 4)")
+
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(run / "model")
+    command = stage2(all_rows, run, "--lr=1e-3", "--steps=1", "--eval_limit=1", "--show_every=9")
+    refused(inside(*command, check=False), "--lr (was 0.0003, now 0.001)")
+    shutil.rmtree(run / "checkpoint")
+    inside(*command)
+    assert [row["step"] for row in metrics(run)] == [0, 1]
+    assert os.listdir(run / "samples") == ["000001.jsonl"]  # none of the other settings
+
+
+@whole
+def test_lost_rows_are_noticed(trained, all_rows, undisturbed, tmp_path):
+    """Stage 2 says how many there are, and the command that brings them back; it does, to the byte."""
+    lines = undisturbed[0].read_text().splitlines()
+    out = copy_rows(undisturbed[0], tmp_path / "v.jsonl", lines[:100] + lines[104:])
+    refused(inside(*stage2(out, tmp_path / "run"), check=False),
+            f"{out}: 380 rows, and Stage 1 had 384 problems", "the same vstar.py command samples")
+    inside(*stage1(out))
+    assert out.read_bytes() == undisturbed[0].read_bytes()
 
 
 def test_out_spares_the_model_and_the_problems(tmp_path, capsys):
@@ -106,7 +181,7 @@ def test_out_spares_the_model_and_the_problems(tmp_path, capsys):
     model.mkdir()
     rows.write_text("rows")
     args = SimpleNamespace(model=str(model), overwrite=True, out="run")
-    guard = lambda: vstar.guard_settings(args, tmp_path / "config.json", [rows, model])
+    guard = lambda: vstar.guard_settings(args, tmp_path / "config.json", [rows, model], [])
     ends_in_one_line(capsys, guard, "--out run would take the place of --model", "name another")
     args.model, args.data = "tiny/model", str(rows)  # nor one's own problems
     ends_in_one_line(capsys, guard, "--out run would take the place of --data", "name another")
@@ -149,6 +224,9 @@ def test_what_stands_behind_the_names_may_not_change(tmp_path):
     path.write_bytes(path.read_bytes()[:-3000] + bytes(3000))
     refused(inside(*command, check=False), "model's files (was", "--overwrite")
     refused(inside(*stage2(out, tmp_path / "run"), check=False), "files changed since Stage 1", "vstar.py")
+    shutil.rmtree(tmp_path / "model")
+    done = inside(*stage2(out, tmp_path / "run"), check=False)
+    refused(done, f"--model {tmp_path}/model", "no such folder")
     assert out.read_bytes() == before
 
 
@@ -190,12 +268,15 @@ def test_a_stage1_of_an_earlier_version_is_refused(tmp_path, capsys):
     args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl"])
     (tmp_path / "v.jsonl").write_text("")
     settings = {**dict.fromkeys(train.FROM_STAGE1), "beta1": 0.5}
-    missing = {key: value for key, value in settings.items() if key != "temperature"}
-    for old in (dict(settings=settings), dict(settings=missing, samples=8), settings):
-        (tmp_path / "v.config.json").write_text(json.dumps(old))
-        ends_in_one_line(capsys, lambda: train.read_stage1(args), "v.config.json", "run it again")
+    settings |= {"number of problems": 3, "problems' ids": ""}
+    for gone in ("temperature", "number of problems"):
+        missing = {key: value for key, value in settings.items() if key != gone}
+        for old in (dict(settings=settings), dict(settings=missing, samples=8), settings):
+            (tmp_path / "v.config.json").write_text(json.dumps(old))
+            ends_in_one_line(capsys, lambda: train.read_stage1(args), "v.config.json", "run it again")
     (tmp_path / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=8)))
-    ends_in_one_line(capsys, lambda: train.read_stage1(args), "v.jsonl: no rows in it", "--overwrite")
+    words = "v.jsonl: 0 rows, and Stage 1 had 3 problems", "the same vstar.py command samples"
+    ends_in_one_line(capsys, lambda: train.read_stage1(args), *words)
     args.temperature = 0
     ends_in_one_line(capsys, lambda: train.settle(args, {}, 8, []), "greedy completions")
 
@@ -267,6 +348,14 @@ def test_broken_files_of_stage2(trained, all_rows, tmp_path):
                                                    b"\xff" + lines[500].encode()))
     refused(inside(*stage2(broken, tmp_path / "r"), check=False), "vstar.jsonl", "line 501")
 
+    # after another Stage 1: what differs, and no more
+    other = copy_rows(all_rows, tmp_path / "other.jsonl")
+    config = tmp_path / "other.config.json"
+    text = config.read_text().replace('"limit": null', '"limit": 9').replace('"seed": 0', '"seed": 7')
+    config.write_text(text)
+    done = inside(*stage2(other, trained[0]), check=False)
+    refused(done, "settings: Stage 1's --seed (was 0, now 7), Stage 1's --limit (was None, now 9); --over")
+
     out = shutil.copytree(trained[0], tmp_path / "torn")
     for shard in (out / "checkpoint/00000006").glob("*.distcp"):
         shard.write_bytes(shard.read_bytes()[:1000])
@@ -285,6 +374,6 @@ def test_broken_files_of_stage2(trained, all_rows, tmp_path):
 def test_rewards_that_are_not_finite_stop_the_run(all_rows, tmp_path):
     rows = read_jsonl(all_rows)[:24]
     rows[5]["rewards"] = [float("nan")] * 8
-    path = copy_rows(all_rows, tmp_path / "v.jsonl", map(json.dumps, rows))
+    path = all_of_stage1(copy_rows(all_rows, tmp_path / "v.jsonl", map(json.dumps, rows)))
     done = inside(*stage2(path, tmp_path / "run"), check=False)
     refused(done, "the gradient's norm is nan", alone=False)

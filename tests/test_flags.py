@@ -87,6 +87,9 @@ def test_flags(monkeypatch, capsys):
     ("--temperature=0", ["--temperature 0", "--samples 1"]),
     # what is asked for is not there
     ("--model=./nowhere", ["./nowhere", "no such folder"]),
+    ("--model=out/nowhere/model", ["--model out/nowhere/model: no such folder"]),
+    ("--model=tiny/nowhere", ["--model tiny/nowhere: no such folder, and as a name on the hub: "]),
+    ("--reward=rewards.py", ["--reward rewards.py: which function of it?", "FILE.py:FUNCTION"]),
     ("--chat", ["chat template"]),
     ("--chat_args=[]", ["--chat_args", "[]"]),
     ("--prompt={nums}", ["train/00000", "no field 'nums'"]),
@@ -154,11 +157,13 @@ def test_recipes(monkeypatch):
     ("mine.jsonl", "train", None),
 ])
 def test_settings_that_follow_from_others(data, split, held_out, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "fingerprint", lambda *_: {})
-    settings = {**dict.fromkeys(train.FROM_STAGE1),
+    files = {"model's files": "", "reward's file": ""}
+    monkeypatch.setattr(train, "fingerprint", lambda *_: files)
+    settings = {**dict.fromkeys(train.FROM_STAGE1), **files, "number of problems": 1,
                 "temperature": 1, "beta1": 1, "data": data, "split": split}
+    (tmp_path / "v.jsonl").write_text(json.dumps(dict(id="a", rewards=[0.0], graded_by="")))
+    settings["problems' ids"] = vstar.hash_of_ids([dict(id="a")])
     (tmp_path / "v.config.json").write_text(json.dumps(dict(settings=settings, samples=1)))
-    (tmp_path / "v.jsonl").write_text(json.dumps(dict(id="a", rewards=[0.0], vstar=0.0)))
     for flags, lr in (([], 1e-6), (["--lora=8"], 5e-6), (["--lora=8", "--lr=1e-4"], 1e-4)):
         args = train.make_parser(train.APO).parse_args([f"--vstar={tmp_path}/v.jsonl", *flags])
         train.settle(args, *train.read_stage1(args))
@@ -250,6 +255,43 @@ def test_a_full_gpu_is_one_line(capsys):
         ends_in_one_line(capsys, failing, "lower --decode_rows")
     with pytest.raises(RuntimeError, match="another"):
         vstar.run_script(lambda: raises(RuntimeError("another")))
+
+
+@pytest.mark.parametrize("name", ["vstar", "train", "evaluate", "experiments.baselines"])
+def test_threads_spin_briefly(name):
+    """The variable is there before torch loads and reads it; the user's own stays."""
+    code = f"""if True:
+        import os, sys
+        class Finder:
+            def find_spec(name, *_):
+                if name == "torch":
+                    print(os.environ["GOMP_SPINCOUNT"])
+                    os._exit(sys.stdout.flush() or 0)
+        sys.meta_path.insert(0, Finder)
+        import {name}"""
+    free = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    for env, count in ((free, "3000"), (free | dict(GOMP_SPINCOUNT="7"), "7")):
+        fresh = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, text=True,
+                               capture_output=True)
+        assert fresh.stdout.strip() == count, fresh.stderr
+
+
+@pytest.mark.parametrize("processes,threads", [(1, "3"), (1, None), (2, "1"), (2, None)])
+def test_threads_of_a_process_under_torchrun(processes, threads, monkeypatch):
+    """One process keeps the user's; several share the cores, as torchrun itself says 1 there."""
+    chosen = []
+    for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(key, "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    vstar.start_process(SimpleNamespace(dtype="float32", engine="transformers"))
+    assert chosen == ([] if processes == 1 and threads else [8 // processes])
 
 
 @pytest.mark.parametrize("native,dtype", [(True, "bfloat16"), (False, "float32")])

@@ -79,7 +79,7 @@ def test_hub(monkeypatch, capsys):
 @pytest.mark.parametrize("name,content,words", [
     ("p.jsonl", None, ["No such file"]),
     ("p.jsonl", "", ["no problems"]),
-    ("p.jsonl", '{"question": "1+1"}\n', ["line 1", "'answer'", "the row has: question"]),
+    ("p.jsonl", '{"question": "1+1"}\n', ["line 1", "'answer'", "the row has: question", "give a --reward?"]),
     ("p.jsonl", '\n{"question": "a", "answer": "1"}\n{"question": " ", "answer": "2"}\n',
      ["line 3", "'question'"]),
     ("p.jsonl", '{"id": 1, "question": "a", "answer": 1}\n{"id": "1", "question": "b", "answer": 2}\n',

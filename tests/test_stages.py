@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +17,7 @@ import evaluate
 import train
 import vstar
 from tests.helpers import (
+    ends_in_one_line,
     evaluation,
     inside,
     long,
@@ -115,6 +117,31 @@ def test_a_chunk_is_counted_in_answers(n, decode_rows, chunks, more_chunks, tmp_
     assert min(size for size, _ in asked) >= (9 if n == 1 else 1)
     ids = [problem["id"] for problem in problems]
     assert [row["id"] for row in read_jsonl(args.out)] == ids  # not as the parts lie there
+
+
+def test_tokens_a_second_are_those_of_all_processes(tmp_path, monkeypatch):
+    """Of what this run wrote, in the time of the slowest."""
+    clock, stamp = [0.0], vstar.load_reward(None)[1]
+    args = some_args(samples=1, decode_rows=4, out=tmp_path / "v.jsonl", seed=0)
+    problems = [dict(id=name, answer="1", tokens=[5] * 3) for name in "abc"]
+    row = lambda name: dict(row_of([1.0], id=name, responses=[""], graded_by=stamp), lengths=[30])
+    vstar.write_rows(args.out, [row("c")])  # an earlier run's
+
+    def barrier(label):
+        if label.startswith("sampled"):
+            vstar.write_rows(vstar.parts_of(args.out) / "1.jsonl", [row("b")])  # the other process's
+            clock[0] = 4.0
+
+    def tick():
+        clock[0] += 1e-6
+        return clock[0]
+
+    monkeypatch.setattr(vstar, "WORLD", 2)
+    monkeypatch.setattr(vstar, "barrier", barrier)
+    monkeypatch.setattr(vstar, "make_sampler", lambda *_: Counter())
+    monkeypatch.setattr(vstar, "time", SimpleNamespace(perf_counter=tick, time=tick))
+    tokenizer = SimpleNamespace(decode=lambda tokens, **_: "")
+    assert vstar.sample_all(args, problems, tokenizer, [0], "cpu") == pytest.approx((3 + 30) / 4)
 
 
 @whole
@@ -300,6 +327,29 @@ def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
     for reward, more in ((None, {}), ("mine.py:judge", dict(held_out_reward=0.875))):
         run = SimpleNamespace(args=some_args(reward=reward))
         assert train.held_out_metrics(run, range(4), mock.MagicMock(), 1) == dict(accuracy=0.5, **more)
+
+
+def test_a_reward_that_cannot_read_held_out_problems(tmp_path, capsys):
+    """…is said with the file that they are of."""
+    args = some_args(reward=own_reward(tmp_path, "return row['nums'][0]"), eval_data="test.jsonl", seed=0)
+    sampler = SimpleNamespace(weights_of=lambda _: nullcontext(),
+                              generate=lambda prompts, n, _: [[Completion([1], True, [])] for _ in prompts])
+    run = SimpleNamespace(args=args, policy=None, sampler=sampler,
+                          tokenizer=SimpleNamespace(decode=lambda tokens, **_: "x"))
+    problem = dict(id="7", tokens=[1], nums=[1.0])
+    assert train.rollout(run, [(0, problem)])[0].reward == 1
+    held_out = lambda: train.held_out_metrics(run, [dict(id="7", tokens=[1])], mock.MagicMock())
+    ends_in_one_line(capsys, held_out, "mine.py:judge, line 2: KeyError: 'nums'; problem 7 of test.jsonl, ")
+
+
+@whole
+def test_the_gradients_norm_is_that_of_all_updates(all_rows, tmp_path, monkeypatch):
+    norms, update = [], train.update
+    monkeypatch.setattr(train, "update", lambda *some: norms.append(update(*some)) or norms[-1])
+    more = ["--steps=1", "--minibatches=3", "--eval_limit=1", "--max_grad_norm=0.01"]
+    inside(*stage2(all_rows, tmp_path, *more))
+    row, mean = metrics(tmp_path)[1], sum(numbers["grad_norm"] for numbers in norms) / 3
+    assert row["grad_norm"] == pytest.approx(mean) != norms[0]["grad_norm"] and row["grad_clipped"] == 1
 
 
 @whole
