@@ -935,6 +935,8 @@ def test_two_ranks_train_like_one(trained, all_rows, tmp_path):
     """The same completions, and the same metrics but for rounding. 25 prompts: their shares differ."""
     torchrun(2, *stage2(all_rows, tmp_path, "--steps=2"))
     close(metrics(tmp_path), metrics(trained[0])[:3])
+    one, two = (out / "samples/000000.held_out.jsonl" for out in (trained[0], tmp_path))
+    assert one.read_bytes() == two.read_bytes()  # of both processes' problems
 
 
 @whole

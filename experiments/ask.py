@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+from transformers.utils import logging
+
 from rewards import fail, readable
 from vstar import TransformersSampler, add_prompts, load_model, prompt_seed, run_script, start_process
 
@@ -27,6 +29,7 @@ def main():
     args.engine = "transformers"
     args.dtype = "float32" if args.lora else "auto"  # bf16 would round small additions away
     device = start_process(args)
+    logging.disable_progress_bar()
     models = {"π_ref": load_model(args.model, args.revision, args.dtype, device),
               "π": load_model(str(run / "model"), None, args.dtype, device)}
     with suppress(KeyboardInterrupt):
