@@ -833,19 +833,6 @@ def test_filter(choice, kept, monkeypatch, tmp_path):
     assert rows[0]["rewards"] == [0]  # from the first alone
 
 
-@pytest.mark.parametrize("beta1,prior,vstar_of_1,vstar_of_0", [
-    (math.inf, 0, 1, 0),
-    (math.inf, 2, (1 + 2 / 4) / 3, (2 / 4) / 3),  # one of four right, twice, beside one's own
-    (1.0, 2, math.log((math.e + 2 * (math.e + 3) / 4) / 3),
-     math.log((1 + 2 * (math.e + 3) / 4) / 3)),
-])
-def test_prior_answers_of_the_average_prompt(beta1, prior, vstar_of_1, vstar_of_0, monkeypatch, tmp_path):
-    answers = dict(a=[1.0], b=[0.0], c=[0.0], d=[0.0])
-    rows = read_stage1(answers, tmp_path, monkeypatch, f"--beta1={beta1}", f"--prior={prior}")
-    assert [row["vstar"] for row in rows] == pytest.approx([vstar_of_1, *[vstar_of_0] * 3])
-    assert rows[0]["rewards"] == [1.0]  # what was seen stays apart from it
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Stage 2
 

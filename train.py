@@ -465,8 +465,6 @@ def make_parser(Objective):
     add("--vstar", Path("out/vstar.jsonl"), "what Stage 1 wrote; its settings lie beside it")
     add("--beta1", float, "β1 of V̂*; default: Stage 1's; another is computed from the stored rewards")
     add("--samples", int, "use only the first so many of Stage 1's rewards per prompt")
-    add("--prior", 0, "count so many completions of the average prompt with each prompt's own in V̂*. It "
-        "does harm where much of the rewards' variance lies between prompts (Stage 1 says how much)")
     add("--filter", ["none", "unsolved", "both"], "leave out prompts that π_ref never solved in Stage 1 "
         "(unsolved), or never and always (both)")
     Objective.add_flags(add)
@@ -480,8 +478,9 @@ def make_parser(Objective):
     add("--lr", float, "AdamW's learning rate; default: 1e-6, with --lora 5e-6")
     add("--weight_decay", 0.0, "AdamW's")
     add("--warmup", 0, "steps over which the learning rate rises")
-    add("--max_grad_norm", 1.0, "bound on the gradient's global norm. A*-PO's gradient carries a factor of "
-        "2 β2, so with β2 = 1e-3 the default hardly ever acts (metric: grad_clipped)")
+    add("--max_grad_norm", 1.0, "bound on the gradient's norm, over all weights of a network. A*-PO's "
+        "gradient carries a factor of 2 β2, so with β2 = 1e-3 the default hardly ever acts (metric: "
+        "grad_clipped)")
     add = add_machine_flags(parser, training=True)
     add("--tokens_per_microbatch", 16384, "padded tokens a forward pass; bounds the memory")
     add("--recompute", ["auto", "yes", "no"], "compute activations again in the backward pass, not keep "
@@ -506,8 +505,8 @@ def main(Objective=APO):
         objective = Objective(args)
     device = start_process(args, group=True)
     with first_process_first("prepared"):
-        stage1, samples, rows = read_stage1(args)
-        problems = settle(args, stage1, samples, rows)
+        stage1, n, rows = read_stage1(args)
+        problems = settle(args, stage1, n, rows)
         held_out = []
         if args.eval_data:
             fields = stage1["question_field"], stage1["answer_field"], args.reward
@@ -548,7 +547,7 @@ def read_stage1(args):
         fail(f"{args.vstar}: no such file; run vstar.py first (or name its output with --vstar)")
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-        stage1, samples = content["settings"], content["samples"]
+        stage1, n = content["settings"], content["samples"]
         count, ids = stage1["number of problems"], stage1["problems' ids"]
         vars(args).update({key: stage1[key] for key in FROM_STAGE1})
     except (OSError, ValueError, KeyError, TypeError):
@@ -566,10 +565,10 @@ def read_stage1(args):
     if any(row.get("graded_by") != now["reward's file"] for row in rows):
         fail(f"{args.vstar}: the reward's file changed since Stage 1; the same vstar.py command grades its "
              "completions again")
-    return stage1, samples, rows
+    return stage1, n, rows
 
 
-def settle(args, stage1, samples, rows):
+def settle(args, stage1, n, rows):
     """All settings that follow from others, in one place. → the problems to train on, with their V̂*"""
     if args.temperature == 0:
         fail("--temperature 0: greedy completions have no log-probability to train on; run Stage 1 at "
@@ -580,7 +579,7 @@ def settle(args, stage1, samples, rows):
         fail("--wandb: it is not installed (pip install wandb)")
     args.lr = args.lr or (5e-6 if args.lora else 1e-6)
     args.beta1 = args.beta1 or stage1["beta1"]
-    args.samples = args.samples or samples
+    args.samples = args.samples or n
     stored = min(len(row["rewards"]) for row in rows)
     if args.samples > stored:
         fail(f"{args.vstar}: {stored} completions per prompt, not --samples {args.samples}; vstar.py can add "
@@ -589,10 +588,7 @@ def settle(args, stage1, samples, rows):
     if args.eval_data is None and has_splits and args.eval_split != stage1["split"]:
         args.eval_data = stage1["data"]  # unless it is the split that is trained on
     rewards = np.array([row["rewards"][: args.samples] for row in rows])  # (prompts, N)
-    # a reward of `average` counts exp(average/β1) in the sum: the mean of exp(r/β1) over all completions
-    average = estimate_vstar(rewards.ravel(), args.beta1)
-    prior = np.full((len(rows), args.prior), average)
-    vstar = estimate_vstar(np.hstack([rewards, prior]), args.beta1)
+    vstar = estimate_vstar(rewards, args.beta1)
     for i, row in enumerate(rows):
         row |= dict(rewards=rewards[i].tolist(), vstar=float(vstar[i]))
     if args.filter != "none":

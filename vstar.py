@@ -134,7 +134,7 @@ def prepare(args):
 
 
 def sample_all(args, problems, tokenizer, eos, device, beta1=None, keep_tokens=False):
-    """Writes N graded completions of each problem into args.out, a row each, sorted by id; with beta1 also V̂*.
+    """Writes N graded completions of each problem into args.out, a row each, by id; with beta1 also V̂*.
 
     All processes share the work, in chunks of problems; a chunk is a file that appears whole. Completions
     that exist are kept, those of a killed run and those of a run with other --samples: the random numbers of
@@ -252,7 +252,7 @@ def grade_again(args, problems, rows, beta1):
 def split_into_chunks(problems, count, args):
     """Lists of problems that lack equally many completions; one decode batch holds all that a list lacks."""
     todo = [problem for problem in problems if count(problem) < args.samples]
-    # the longest prompts first: memory fails at once, and the prompts of a chunk are of like length
+    # the longest prompts first: if memory does not suffice, it shows at once, and a chunk has little padding
     todo.sort(key=lambda problem: (count(problem), -len(problem["tokens"]), problem["id"]))
     chunks = []
     for existing, group in groupby(todo, key=count):
@@ -465,14 +465,14 @@ class TransformersSampler:
         return [group for _, group in sorted(zip(longest_first, groups))]
 
     @torch.no_grad()  # not inference_mode: FSDP would keep buffers that autograd may not touch
-    def decode(self, prompts, numbers, seeds):
-        """The completions with these `numbers` (0 … n - 1) of each prompt, all at once."""
+    def decode(self, prompts, indices, seeds):
+        """The completions with these `indices` (0 … n - 1) of each prompt, all at once."""
         device = next(self.model.parameters()).device
-        limit, n = self.max_new_tokens, len(numbers)
+        limit, n = self.max_new_tokens, len(indices)
         count = len(prompts) * n
         eos = torch.tensor(self.eos, device=device)
         # a uniform number for each token that could be sampled, each completion's from a stream of its own
-        keys = [[seed, number] for seed in seeds for number in numbers]
+        keys = [[seed, index] for seed in seeds for index in indices]
         streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         uniforms = np.stack([stream.random(limit) for stream in streams])
         uniforms = torch.from_numpy(uniforms).to(device)  # (count, limit) fp64

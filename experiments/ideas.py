@@ -57,9 +57,9 @@ def near(problems, step, args):
     return [(serial, problems[order[serial % len(order)]]) for serial in serials]
 
 
-def luck(args, stage1, samples, rows):
+def luck(args, stage1, n, rows):
     stored = {row["id"]: row["rewards"] for row in rows}
-    rows = settle(args, stage1, samples, rows)
+    rows = settle(args, stage1, n, rows)
     for row in rows:
         others = stored[row["id"]][args.samples : 2 * args.samples]
         row["vstar"] = float(estimate_vstar(others, args.beta1))
