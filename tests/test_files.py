@@ -161,7 +161,7 @@ def test_a_run_of_which_nothing_was_kept_is_not_refused(trained, all_rows, tmp_p
     shutil.rmtree(run / "checkpoint")
     inside(*command)
     assert [row["step"] for row in metrics(run)] == [0, 1]
-    assert os.listdir(run / "samples") == ["000001.jsonl"]  # none of the other settings
+    assert not list(run.glob("samples/000006*"))  # none of the other settings
 
 
 @whole
