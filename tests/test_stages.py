@@ -338,7 +338,7 @@ def test_a_reward_that_cannot_read_held_out_problems(tmp_path, capsys):
                           tokenizer=SimpleNamespace(decode=lambda tokens, **_: "x"))
     problem = dict(id="7", tokens=[1], nums=[1.0])
     assert train.rollout(run, [(0, problem)])[0].reward == 1
-    held_out = lambda: train.held_out_metrics(run, [dict(id="7", tokens=[1])], mock.MagicMock())
+    held_out = lambda: train.held_out_metrics(run, [dict(id="7", tokens=[1])], mock.MagicMock(), 0)
     ends_in_one_line(capsys, held_out, "mine.py:judge, line 2: KeyError: 'nums'; problem 7 of test.jsonl, ")
 
 
