@@ -668,7 +668,7 @@ def test_draw_is_the_inverse_cdf(vocabulary):
         token, logp = vstar.draw(logits, uniform, temperature)
         exact = (logits.double() / temperature).log_softmax(-1)
         chosen = exact[torch.arange(100), token]
-        torch.testing.assert_close(logp.double(), chosen, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logp.double(), chosen, atol=3e-5, rtol=0)  # fp32, sums of 152k
         until = exact.exp().cumsum(-1)[torch.arange(100), token]
         assert chosen.isfinite().all()
         assert (until - chosen.exp() - 1e-6 <= uniform).all()
