@@ -12,12 +12,8 @@ verl, TRL (GRPO's group) and REBEL's release. `constant` is the control: A*-PO w
 """
 
 import math
-import os
 import sys
 from pathlib import Path
-
-# before torch, which reads it: vstar.py says why
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 
