@@ -66,7 +66,7 @@ def main():
     means = dict(accuracy=right.mean(), solved=solved.mean(), between_prompts=between_prompts(every))
     lab.save(args.name, model=str(model), **means, noise=noise, shares=shares)
 
-    lab.show(["b", "E[(r − b)²]", "noise"],
+    lab.show(["b", "E[(r − b)²]", "E[(r − b)² |∇ ln π|²]", "noise"],
              [[name, *(f"{number:.3g}" for number in row.values())] for name, row in noise.items()])
     for name, row in shares.items():
         print(name, {key: round(value, 3) for key, value in row.items()})
@@ -107,13 +107,14 @@ def baselines_of(first, rewards, solved, beta1):
 
 
 def noise_of(advantage, gradients):
-    """→ E[(r − b)²], and the noise: tr(covariance) / |mean|², both without bias"""
+    """→ E[(r − b)²], E[(r − b)² |∇ ln π|²], and the noise, tr(covariance) / |mean|²; all without bias"""
     n = len(advantage)
     total = advantage @ gradients
     squares = (advantage**2 * (gradients**2).sum(1)).sum()
     mean_square = (total @ total - squares) / (n * (n - 1))  # |g|²: pairs of different completions
     covariance = squares / n - mean_square
-    return dict(moment=float((advantage**2).mean()), noise=float(covariance / mean_square))
+    return dict(moment=float((advantage**2).mean()), square=float(squares / n),
+                noise=float(covariance / mean_square))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tests.helpers import inside, whole
 def test_noise_by_hand():
     # gradients 3 and 1 along one axis: E = (9 + 1)/2 = 5; |g|² = 3 · 1 from the one pair; (5 − 3) / 3
     found = noise.noise_of(np.array([1.0, 1.0]), np.array([[3.0, 0.0], [1.0, 0.0]]))
-    assert found == pytest.approx(dict(moment=1, noise=2 / 3))
+    assert found == pytest.approx(dict(moment=1, square=5, noise=2 / 3))
 
 
 def test_noise_is_the_covariance_over_the_mean():
