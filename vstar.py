@@ -323,8 +323,8 @@ def summary(rows, beta1, speed=None, custom_reward=None):
     if unsolved > 0.9 and zero_or_one:
         lines.append(f"warning: {unsolved:.0%} of the prompts have no right response, so there is little to "
                      "learn from. Look at some responses. Does the result stand where the grader looks "
-                     "(--prompt, --chat)? If so, the model is too weak for these problems: take easier ones, "
-                     "a stronger model or more --samples.")
+                     "(--prompt, --chat)? If so, the model is too weak for these problems: take easier ones "
+                     "or a stronger model, or show it demonstrations first (experiments/cold_start.py).")
     if finished < 0.9:
         cost = "" if custom_reward else " and earn 0"
         lines.append(f"warning: {1 - finished:.0%} of the completions were cut off{cost}. Raise "
