@@ -316,8 +316,8 @@ def summary(rows, beta1, speed=None, custom_reward=None):
     lines.append(f"mean V̂*           {estimate_vstar(rewards, beta1).mean():.3f}")
     if n > 1 and rewards.var() > 0:
         lines.append(f"between prompts   {between_prompts(rewards):.0%} of the rewards' variance: V̂*(x) can "
-                     "know so much, the rest is luck within a prompt.\n" + 18 * " " + "Near 0 one V̂* for "
-                     "all prompts would do; where it is large, V̂*(x) and Stage 2's --filter matter")
+                     "know so much, the rest is luck within a prompt.\n" + 18 * " " + "Where it is much, "
+                     "V̂* = 0 on prompts that are never solved is what counts (experiments/)")
     if unsolved == 1 and finished > 0.5:
         lines += wrong_responses(rows, 3, custom_reward)
     if unsolved > 0.9 and zero_or_one:
