@@ -1,10 +1,11 @@
 """A real pretrained model, SmolLM2-135M-Instruct, learns word problems on two cores.
 
+    git clone https://github.com/arkilpatel/SVAMP out/SVAMP && python -m experiments.words out/SVAMP
     python -m experiments.real                   π_ref, then five seeds → experiments/results/real.json, .png
     python -m experiments.real --seeds 1 --ways apo 'apo --lora=16 --lr=1e-4' 'grpo --group=4 --batch_size=8'
 
-The problems are files of {"question", "answer"}, and for the demonstrations {"chain"}, 56*9=504;504/2=252:
-`experiments/words.py` makes them. As it comes the model earns nothing, for nothing in the prompt asks for
+The problems are files of {"question", "answer"}, and for the demonstrations {"chain"}, 56*9=504;504/2=252. As
+it comes the model earns nothing, for nothing in the prompt asks for
 \\boxed{}. So it is shown a thousand demonstrations first (`experiments/cold_start.py`), a quarter of them a
 wrong number without steps, and that is π_ref. Then come both stages on other problems, and evaluate.py on
 problems that no run trains on: held-out ones of the same source, and SVAMP, which is harder by design. (MAWPS
@@ -33,10 +34,10 @@ def main():
     add = parser.add_argument
     add("--name", default="real", help="of the results, and of the folder in out/")
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a hub id or a folder")
-    add("--demonstrations", default="../shared/data/word_demonstrations.jsonl")
-    add("--data", default="../shared/data/word_train.jsonl", help="the problems to train on")
-    add("--eval_data", nargs="+", help="the held-out problems, several files",
-        default=["../shared/data/word_test.jsonl", "../shared/data/word_svamp.jsonl"])
+    add("--demonstrations", default="out/words/demonstrations.jsonl", help="problems with a chain")
+    add("--data", default="out/words/train.jsonl", help="the problems to train on")
+    add("--eval_data", nargs="+", help="held-out problems, one file or several; the first gives the curve",
+        default=["out/words/test.jsonl", "out/words/svamp.jsonl"])
     add("--cold", default="--wrong=0.25 --steps=96 --lr=1e-4", help="cold_start.py's flags")
     parser.set_defaults(
         seeds=5, steps=24, stage1="--samples=4 --limit=640",
