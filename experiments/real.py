@@ -5,12 +5,12 @@
     python -m experiments.real --seeds 1 --ways apo 'apo --lora=16 --lr=1e-4' 'grpo --group=4 --batch_size=8'
 
 The problems are files of {"question", "answer"}, and for the demonstrations {"chain"}, 56*9=504;504/2=252. As
-it comes the model earns nothing, for nothing in the prompt asks for
-\\boxed{}. So it is shown a thousand demonstrations first (`experiments/cold_start.py`), a quarter of them a
-wrong number without steps, and that is π_ref. Then come both stages on other problems, and evaluate.py on
-problems that no run trains on: held-out ones of the same source, and SVAMP, which is harder by design. (MAWPS
-repeats itself. What stands in several of these files, by its letters and digits, is kept in one: first in the
-held-out ones, then among the demonstrations.)
+it comes the model earns nothing, for nothing in the prompt asks for \\boxed{}. So it is shown a thousand
+demonstrations first (`experiments/cold_start.py`), a quarter of them a wrong number without steps, and that
+is π_ref. Then come both stages on other problems, and evaluate.py on problems that no run trains on: held-out
+ones of the same source, and SVAMP, which is harder by design. (MAWPS repeats itself. What stands in several
+of these files, by its letters and digits, is kept in one: first in the held-out ones, then among the
+demonstrations.)
 
 This is `experiments.sweep` with a cold start before it: --ways, --seeds, --stage1 and --train are its flags.
 What an earlier start has finished in out/real/ is not run again.
