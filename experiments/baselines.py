@@ -46,7 +46,8 @@ class Constant(APO):
 
 
 class Baseline(APO):
-    """What the others share: β2 is the weight of their KL to π_ref; several updates may follow one batch."""
+    """What the others share: several updates may follow one batch. β2 is the weight of the KL to π_ref (but
+    for OAPL)."""
 
     always_old_logp = False
 
@@ -247,14 +248,14 @@ class PPO(Baseline):
 
 class OAPL(Baseline):
     """A*-PO's regression, with the policy that wrote the batch in π_ref's place, and V̂* from the
-    completion's own group (arXiv 2602.19362). So there is no Stage 1, and nothing holds π at π_ref.
+    completion's own group (arXiv 2602.19362). So Stage 1's V̂* is not used, and nothing holds π at π_ref.
 
     --minibatches 4 takes four steps of a batch, the last three steps behind: the paper's lag. With --beta1
     inf V̂* is the group's mean reward, and this is PMD-mean (arXiv 2602.05933).
     """
 
     name, out, completions = "oapl", Path("out/oapl"), 8
-    most_reward = math.inf  # the KL to π_ref has no bound here
+    most_reward = math.inf  # the KL to π_ref has no bound here, so `diagnose` does not warn of it
 
     @classmethod
     def add_flags(cls, add):

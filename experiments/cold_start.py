@@ -6,7 +6,7 @@
         --out out/cold/vstar.jsonl
 
 Reinforcement learning only makes likelier what π_ref sometimes does. Where Stage 1 finds nothing right, show
-the model some hundred demonstrations first, and train it on other problems. This is supervised: it goes down
+the model some hundred demonstrations first, and train it on other problems. This is supervised: it minimises
 −ln π of the demonstrated completions, a mean over their tokens; the prompt's tokens do not count.
 
 A demonstration is a problem as vstar.py reads it, with the same flags for its prompt. Its completion is made
@@ -98,7 +98,7 @@ def main():
             first = problems[0]
             print(f"cold start: {args.steps} steps of {args.batch_size} of {len(problems)} demonstrations, "
                   f"such as {first['prompt']!r} → {fill(args.response, first)!r}")
-    args.lora = None
+    args.lora = None  # save_model asks
     model = load_model(args.model, args.revision, "auto", "cpu")
     policy = shard(Policy(model, device.type == "cuda"), device, getattr(torch, args.dtype), master=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)

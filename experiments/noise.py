@@ -1,13 +1,14 @@
 """Which V̂* makes the gradient least noisy, and whose completions make the noise?
 
     python -m experiments.noise --vstar out/vstar.jsonl                       → experiments/results/noise.json
-    python -m experiments.noise --vstar out/vstar.jsonl --model out/run/model    of a policy that has learned
+    python -m experiments.noise --vstar out/vstar.jsonl --model out/run/model --name noise-trained
 
-A completion's gradient is (r − b) ∇ ln π, up to a factor, with V̂* or some other number for b. Its mean g is
-the same for every b that depends on the prompt alone. Its noise is not: the trace of its covariance is
-E[(r − b)² |∇ ln π|²] − |g|². `noise` is this over |g|²: so many completions are needed until noise and mean
-are as long (McCandlish et al. 2018, the simple noise scale). All b are measured on the same completions, one
-of each prompt, and on gradients of all weights.
+A completion's gradient is (r − b) ∇ ln π, up to a factor and but for β2's pull to π_ref, with V̂* or some
+other number for b. Its mean g is the same for every b that depends on the prompt alone. Its noise is not: the
+trace of its covariance is E[(r − b)² |∇ ln π|²] − |g|². `noise` is this over |g|²: the mean of so many
+completions' gradients has as much noise as signal (McCandlish et al. 2018, the simple noise scale). Where it
+is far above --prompts, |g|² cannot be told from 0, and the estimate may come out negative. All b are measured
+on the same completions, one of each prompt, and on gradients of all weights.
 
 Then the parts: which share of E[(r − b)² |∇ ln π|²] comes from right and wrong completions, of prompts that
 π_ref solved in Stage 1 (once among its first eight) and of those that it did not, and how long they are.
