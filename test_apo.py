@@ -676,7 +676,7 @@ def test_draw_is_the_inverse_cdf(vocabulary):
     greedy, logp = vstar.draw(logits, uniform, 0)
     assert greedy.equal(logits.argmax(-1))
     torch.testing.assert_close(logp.double(),
-                               logits.double().log_softmax(-1).amax(-1), atol=1e-5, rtol=0)
+                               logits.double().log_softmax(-1).amax(-1), atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama", "GPT2"])
