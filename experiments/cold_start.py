@@ -32,6 +32,7 @@ from train import (
     Run,
     Sample,
     checkpoints,
+    fail_together,
     full_tensor,
     last_checkpoint,
     load_checkpoint,
@@ -130,7 +131,7 @@ def train(run, problems, start):
             loss += part.item()
         norm = full_tensor(clip_grad_norm_(run.policy.parameters(), 1.0)).item()
         if not math.isfinite(norm):
-            fail(f"the gradient's norm is {norm}; lower --lr")
+            fail_together(f"the gradient's norm is {norm}; lower --lr")
         warm, left = min(1, (step + 1) / 10), 1 - step / args.steps
         run.optimizer.param_groups[0]["lr"] = args.lr * warm * left
         run.optimizer.step()
