@@ -30,11 +30,13 @@ from rewards import fail, final_answers, is_correct, readable
 from train import Policy, Sample, check_head, token_logps
 from vstar import (
     RANK,
+    WORLD,
     Completion,
     Flags,
     add_machine_flags,
     add_policy_flags,
     add_problem_flags,
+    collect,
     first_process_first,
     guard_completions,
     load_model,
@@ -71,12 +73,10 @@ def main():
     for task, problems, tokenizer, eos in tasks:
         sample_all(task, problems, tokenizer, eos, device, keep_tokens=keep_tokens)
         gc.collect()  # this sampler's memory goes before the next one's comes
+        kl = divergence(task, problems, device) if args.reference else {}
         if RANK == 0:
             rows = completions[task.model, task.data] = read_rows(task.out, args.samples)
-            result = measure(rows, args.reward)
-            if args.reference:
-                prompts = {problem["id"]: problem["tokens"] for problem in problems}
-                result |= divergence(rows, prompts, task, device)
+            result = measure(rows, args.reward) | kl
             results.setdefault(task.model, {})[task.data] = result
     if RANK == 0:
         report(args, results, completions)
@@ -226,13 +226,13 @@ def majority(responses, finished, rewards):
     return max(groups, key=lambda group: group[0])[2] if groups else 0.0
 
 
-def divergence(rows, prompts, args, device):
+def divergence(args, problems, device):
     """KL(model ‖ reference): the mean of ln π/π_ref over completions that π sampled, in nats per completion
-    and per token. prompts: {id: tokens}"""
-    samples = []
-    for row in rows:
-        problem = dict(tokens=prompts[row["id"]])
-        samples += [Sample(problem, Completion(tokens, True, []), "", 0.0, 0) for tokens in row["tokens"]]
+    and per token. Each process takes its share of the problems."""
+    problem_of, samples = {problem["id"]: problem for problem in problems}, []
+    for row in read_rows(args.out, args.samples)[RANK::WORLD]:
+        samples += [Sample(problem_of[row["id"]], Completion(tokens, True, []), "", 0.0, 0)
+                    for tokens in row["tokens"]]
 
     def logp(model):  # one model after the other: its memory goes when this ends
         policy = Policy(load_model(model, args.revision, args.dtype, device))
@@ -240,10 +240,13 @@ def divergence(rows, prompts, args, device):
         logps = token_logps(policy, samples, args, device)
         return logps.sum(-1).double().cpu().numpy()
 
-    ratio = logp(args.model) - logp(args.reference)
-    low, high = bootstrap(ratio.reshape(len(rows), -1).mean(1))
-    tokens = sum(len(sample.completion.tokens) for sample in samples)
-    return dict(kl=ratio.mean(), kl_low=low, kl_high=high, kl_per_token=ratio.sum() / tokens)
+    ratios = (logp(args.model) - logp(args.reference)).reshape(-1, args.samples)
+    tokens = [len(sample.completion.tokens) for sample in samples]
+    ratios = np.array(collect(f"ratios {args.out}", ratios.tolist()))
+    tokens = sum(collect(f"tokens {args.out}", tokens))
+    if RANK == 0:
+        low, high = bootstrap(ratios.mean(1))
+        return dict(kl=ratios.mean(), kl_low=low, kl_high=high, kl_per_token=ratios.sum() / tokens)
 
 
 if __name__ == "__main__":

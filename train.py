@@ -50,6 +50,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import time
 from collections import Counter
@@ -65,12 +66,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import cached_file
 
 from rewards import DATASETS, fail, load_problems, readable
 from vstar import (
@@ -185,8 +189,13 @@ def train(run, problems, held_out, start):
         log(dict(step=0, **held_out_metrics(run, held_out, log, 0)))
     for step in range(start, args.steps):
         # 1. one completion of each prompt, by the policy as it is now, graded
+        with log.phase("push"):
+            run.sampler.wake(run.policy)
         with log.phase("sampling"):
             samples = rollout(run, prompts_of_step(problems, step, args), objective.completions)
+            samples = deal(samples, objective.completions, args)
+        with log.phase("push"):
+            run.sampler.rest()  # the update needs the memory
 
         # 2. what has no gradient in the loss: ln π_ref(y|x) and r, new for each batch, and Stage 1's V̂*(x)
         with log.phase("reference"):
@@ -199,6 +208,8 @@ def train(run, problems, held_out, start):
             parts = minibatches(samples, constants, args, objective.passes)
             updates = [update(run, *part) for part in parts]
             check_numbers(updates[0], step, args)
+        if step == start + 1:  # a step has had all that it needs
+            use_free_memory(run)
 
         # 4. measure, log, save
         done, last = step + 1, step + 1 == args.steps
@@ -211,6 +222,7 @@ def train(run, problems, held_out, start):
         stop = log.asked_to_stop()  # a signal ends the run after this step, on all processes alike
         if last or stop or done % args.save_every == 0:
             with log.phase("saving"):
+                run.sampler.rest()
                 save_checkpoint(run, done)
                 log.draw_curves()
         if stop and not last:
@@ -264,12 +276,16 @@ class Policy(torch.nn.Module):
     def __init__(self, model, recompute=False):
         super().__init__()
         self.model, self.config, self.saved_dtype = model, model.config, model.dtype
-        names = set(model._no_split_modules or [])
-        self.blocks = [module for module in model.modules() if type(module).__name__ in names]
-        if recompute:  # keep no activations of a block: the backward pass computes them again
-            for block in self.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False,
-                                        preserve_rng_state=False)
+        text, names = model.get_decoder(), set(model._no_split_modules or [])
+        self.blocks = [module for module in text.modules() if type(module).__name__ in names]
+        reached = {*text.parameters(), *model.get_output_embeddings().parameters()}
+        for parameter in model.parameters():  # what sees images is not trained
+            parameter.requires_grad_(parameter in reached)
+        self.kept = 0 if recompute else len(self.blocks)  # whose activations wait for the backward pass
+        self.block_bytes = 0  # of activations for a token, once it is measured
+        for index, block in enumerate(self.blocks):
+            if recompute:
+                block.forward = partial(self.run_block, index, block, block.forward)
         model.eval()  # for good: with dropout π would not be a function of the weights
 
     def forward(self, completion_mask=None, temperature=1.0, **inputs):
@@ -288,12 +304,39 @@ class Policy(torch.nn.Module):
         empty = torch.zeros(mask.shape, device=ids.device)
         return empty.masked_scatter(mask, torch.cat(logps))
 
+    def run_block(self, index, block, forward, *inputs, **options):
+        """The first `kept` blocks keep their activations; the others compute them again."""
+        if torch.is_grad_enabled() and not self.block_bytes:
+            return self.measure(block, partial(forward, *inputs, **options), inputs[0])
+        if index < self.kept:
+            return forward(*inputs, **options)
+        return checkpoint(forward, *inputs, **options, use_reentrant=False, preserve_rng_state=False)
+
+    def keep(self, free, tokens):
+        """So many blocks keep their activations as fit into `free` bytes, for micro-batches of `tokens`."""
+        size = self.block_bytes * tokens
+        self.kept = min(len(self.blocks), int(max(0, free) // size)) if size else self.kept
+
+    def measure(self, block, forward, states):
+        """forward(), and how much memory it keeps for the backward pass, without the weights"""
+        saved, pointer = {}, lambda tensor: tensor.untyped_storage().data_ptr()
+
+        def note(tensor):
+            saved[pointer(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = forward()
+        weights = {pointer(parameter) for parameter in block.parameters()}
+        self.block_bytes = sum(saved[at] for at in saved.keys() - weights) / states.shape[:2].numel()
+        return output
+
     def head(self, states, targets, temperature):
         """ln π(target | state) of a chunk of tokens, fp32. The backward pass computes the logits again."""
-        # divided by the temperature as in sampling, or π/π_ref is not the ratio of what was sampled from
-        logits = self.model.get_output_embeddings()(states).float().div_(temperature)
-        of_targets = logits.gather(-1, targets[:, None])[:, 0]
-        return of_targets - logits.logsumexp(-1)
+        logits = self.model.get_output_embeddings()(states).float()
+        if temperature != 1:  # as in sampling, or π/π_ref is not the ratio of what was sampled from
+            logits = logits / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
 
     def chunk(self, gpu):
         """The tokens whose logits exist at one time: 0.5 GB of them, or 883 with a vocabulary of 152k.
@@ -303,23 +346,32 @@ class Policy(torch.nn.Module):
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         return max(1, (1 << 27 if gpu else 1 << 23) // vocabulary)
 
-    @contextmanager
-    def gathered(self):
-        """All weights whole on every process. They are gathered once for a rollout, not once for every token:
-        that would be slow, and hang where one process writes more tokens than another."""
-        sharded = [module for module in self.modules() if isinstance(module, FSDPModule)]
-        for module in sharded:
+    def gather(self):
+        """All weights whole on every process: once for a rollout, not once for every token. That would be
+        slow, and hang where one process writes more tokens than another."""
+        for module in self.sharded():
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        yield
-        for module in sharded:
+
+    def scatter(self):
+        for module in self.sharded():
             module.set_reshard_after_forward(module is not self, recurse=False)  # FSDP's default
             module.reshard()
 
-    def full_weights(self):
-        """(name, tensor). Of tied weights the state dict has both names, which vLLM wants."""
+    def sharded(self):
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
+
+    def full_weights(self, dtype):
+        """(name, tensor), of floating-point numbers in `dtype`. Of tied weights there are both names."""
         for name, tensor in self.state_dict().items():
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype)  # before it is gathered
             yield name.removeprefix("model."), full_tensor(tensor)
+
+    def checkpoint_weights(self, dtype):
+        """full_weights with the names of the model's files, which vLLM knows; transformers has its own."""
+        for name, tensor in self.full_weights(dtype):
+            yield from revert_weight_conversion(self.model, {name: tensor}).items()
 
 
 class LoraPolicy(Policy):
@@ -332,13 +384,14 @@ class LoraPolicy(Policy):
         super().__init__(model, recompute)
         for parameter in self.requires_grad_(False).parameters():
             parameter.data = parameter.data.to(dtype)
-        self.scale, self.adapted = 32 / rank, True
+        self.scale, self.adapted, self.dtype = 32 / rank, True, dtype
         rng = torch.Generator().manual_seed(seed)  # all processes draw the same A
         modules = [module for block in self.blocks for module in block.modules()]
-        layers = [module for module in modules if isinstance(module, torch.nn.Linear)]
-        if not layers:
+        self.layers = [module for module in modules if isinstance(module, torch.nn.Linear)]
+        self.cast = {}  # {layer: its A and B in `dtype`}, while the policy samples
+        if not self.layers:
             fail(f"--lora: the blocks of a {type(model).__name__} hold no torch.nn.Linear")
-        for layer in layers:
+        for layer in self.layers:
             a = torch.empty(rank, layer.in_features)
             torch.nn.init.kaiming_uniform_(a, math.sqrt(5), generator=rng)
             layer.lora_A = torch.nn.Parameter(a)
@@ -347,8 +400,17 @@ class LoraPolicy(Policy):
 
     def add_lora(self, layer, inputs, output):
         if self.adapted:
-            a, b = layer.lora_A.to(output.dtype), layer.lora_B.to(output.dtype)
+            a, b = self.cast.get(layer) or (layer.lora_A.to(output.dtype), layer.lora_B.to(output.dtype))
             return output.add(inputs[0] @ a.T @ b.T, alpha=self.scale)
+
+    def gather(self):
+        super().gather()
+        self.cast = {layer: (layer.lora_A.to(self.dtype), layer.lora_B.to(self.dtype))
+                     for layer in self.layers}
+
+    def scatter(self):
+        super().scatter()
+        self.cast = {}
 
     def unadapted(self, **inputs):
         """π_ref: the same network with the additions switched off. Not under a gradient: a block that is
@@ -358,7 +420,7 @@ class LoraPolicy(Policy):
         self.adapted = True
         return logp
 
-    def full_weights(self):
+    def full_weights(self, dtype):
         """The additions are merged into the weights, in fp32."""
         state = self.state_dict()
         for name, tensor in state.items():
@@ -369,6 +431,8 @@ class LoraPolicy(Policy):
             if kind == "weight" and f"{layer}.lora_A" in state:
                 a, b = full_tensor(state[f"{layer}.lora_A"]), full_tensor(state[f"{layer}.lora_B"])
                 tensor = tensor + self.scale * b @ a
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype)
             yield name.removeprefix("model."), tensor
 
 
@@ -413,8 +477,7 @@ def order_of(seed, epoch, count):
 def rollout(run, prompts, n=1):
     """n graded completions of each prompt, by the current policy; prompts: [(serial, problem)]"""
     seeds = [prompt_seed(f"{run.args.seed}/{serial}", problem["id"]) for serial, problem in prompts]
-    with run.sampler.weights_of(run.policy):
-        completions = run.sampler.generate([problem["tokens"] for _, problem in prompts], n, seeds)
+    completions = run.sampler.generate([problem["tokens"] for _, problem in prompts], n, seeds)
     pairs, serials = [], []
     for (serial, problem), group in zip(prompts, completions):
         pairs += [(problem, completion) for completion in group]
@@ -427,6 +490,8 @@ def rollout(run, prompts, n=1):
 
 def held_out_metrics(run, held_out, log, step):
     """The share of held-out problems solved, and with --reward their mean reward too."""
+    with log.phase("push"):
+        run.sampler.wake(run.policy)  # and the next step's completions come from these weights, too
     with log.phase("evaluation"):
         samples = rollout(run, [(HELD_OUT, problem) for problem in held_out[RANK::WORLD]])
         log.keep_held_out(step, samples)
@@ -484,7 +549,7 @@ def make_parser(Objective):
     add = add_machine_flags(parser, training=True)
     add("--tokens_per_microbatch", 16384, "padded tokens a forward pass; bounds the memory")
     add("--recompute", ["auto", "yes", "no"], "compute activations again in the backward pass, not keep "
-        "them; auto: on a GPU")
+        "them; auto: on a GPU, of as many blocks as its memory asks for")
     add = parser.group("files and output")
     add("--eval_data", str, "held-out problems; default: the test split of a named data set (gsm8k, math, …)")
     add("--eval_split", "test", "of a data set on the hub")
@@ -522,6 +587,8 @@ def main(Objective=APO):
                 print(f"warning: --batch_size {args.batch_size} is more than the {len(problems)} prompts, so "
                       "a step takes a prompt several times, and is of fewer problems than it seems. Take "
                       f"more problems, or a --batch_size of {len(problems)} at the most.")
+    if not (args.out / "config.json").exists():  # the first process has just written it
+        fail(f"--out {args.out}: what the first process wrote does not appear here; all nodes must share it")
     # the first process looks, and a sum tells the others
     start = int(sum_over_ranks(last_checkpoint(args.out) if RANK == 0 else 0))
     if start > args.steps:
@@ -552,7 +619,7 @@ def read_stage1(args):
         vars(args).update({key: stage1[key] for key in FROM_STAGE1})
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{config}: not there, or not the settings that this vstar.py writes; run it again")
-    rows = read_rows(args.vstar)
+    rows = read_rows(args.vstar, without="responses")  # which may be gigabytes
     if hash_of_ids(rows) != ids:
         fail(f"{args.vstar}: {len(rows)} rows, and Stage 1 had {count} problems; the same vstar.py command "
              "samples again what is missing")
@@ -634,7 +701,6 @@ def make_run(args, objective, tokenizer, eos, prompts, device):
         betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=device.type == "cuda")
     if recompute and not policy.blocks and RANK == 0:
         print("nothing is recomputed: transformers does not say what this architecture's blocks are")
-    barrier("loaded")  # slow disks and engines must not run into the ten minutes of NCCL's first collective
     check_head(policy, device, args.model)
     trained = torch.nn.ModuleList(network for network, _ in learners)
     return Run(args, objective, tokenizer, policy, reference, trained, optimizer, sampler, device)
@@ -664,6 +730,24 @@ def shard(policy, device, dtype, master=False):
     return policy
 
 
+def use_free_memory(run):
+    """What a GPU has had to spare so far lets vLLM stay awake, and blocks keep their activations."""
+    if run.device.type != "cuda" or run.args.recompute != "auto":
+        return
+    free, total = torch.cuda.mem_get_info()  # vLLM sleeps now, and torch gives nothing back that it needed
+    free = -max_over_ranks(-(free - 0.1 * total))
+    if getattr(run.sampler, "sleeps", False) and free > run.sampler.size:
+        run.sampler.sleeps, free = False, free - run.sampler.size
+    run.policy.keep(free, run.args.tokens_per_microbatch)
+
+
+def max_over_ranks(value):
+    most = torch.tensor(value)
+    if dist.is_initialized():
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
 def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -685,18 +769,31 @@ def mean_over_ranks(count, **sums):
 def minibatches(samples, constants, args, passes):
     """(samples, constants) of each optimizer step of a batch; with --minibatches 1 all of it.
 
-    Processes take every WORLD-th prompt of a batch, and a minibatch is a block of neighbours: so every
-    process has its share of each. In a batch of 256 on 8 processes, process 3 has the prompts 3, 11, 19 …,
-    and in the second of two minibatches those from 128 on: 131, 139 … 251.
+    A minibatch is a block of neighbours: the second of two in a batch of 256 has the prompts 128 … 255. Of
+    each, every process has its share (`deal`).
     """
-
-    def minibatch_of(sample):
-        index_in_batch = sample.serial % args.batch_size
-        return index_in_batch * args.minibatches // args.batch_size
-
     for number in [*range(args.minibatches)] * passes:
-        chosen = [i for i, sample in enumerate(samples) if minibatch_of(sample) == number]
+        chosen = [i for i, sample in enumerate(samples) if minibatch_of(sample, args) == number]
         yield [samples[i] for i in chosen], take(constants, chosen)
+
+
+def minibatch_of(sample, args):
+    index_in_batch = sample.serial % args.batch_size
+    return index_in_batch * args.minibatches // args.batch_size
+
+
+def deal(samples, n, args):
+    """All processes' samples, dealt out anew by length: else all wait for the one that has the longest. The
+    n completions of a prompt stay together, and every process has its share of each minibatch."""
+    if WORLD == 1:
+        return samples
+    of_processes = [None] * WORLD
+    dist.all_gather_object(of_processes, samples)
+    groups = batched([sample for share in of_processes for sample in share], n)
+    longest = lambda group: max(len(sample.ids) for sample in group)
+    groups.sort(key=lambda group: (minibatch_of(group[0], args), longest(group), group[0].serial))
+    mine = sorted(groups[RANK::WORLD], key=lambda group: group[0].serial)
+    return [sample for group in mine for sample in group]
 
 
 def take(constants, chosen, columns=None):
@@ -720,19 +817,8 @@ def microbatches(samples, args, device, per_loss=1):
     micro-batches, because FSDP's collectives must pair up; a filler has no sample and adds 0.
     """
     length = [len(sample.ids) for sample in samples]
-    longest = lambda unit: max(length[i] for i in unit)
-    groups, width = [], math.inf
-    units = batched(range(len(samples)), per_loss)
-    for unit in sorted(units, key=longest, reverse=True):
-        # one more unit, padded to the group's longest, fits
-        if groups and (len(groups[-1]) + per_loss) * width <= args.tokens_per_microbatch:
-            groups[-1] += unit
-        else:
-            groups.append([*unit])
-            width = longest(unit)  # of the group: its first unit is its longest
-    count = torch.tensor(len(groups))
-    if dist.is_initialized():
-        dist.all_reduce(count, dist.ReduceOp.MAX)
+    groups = groups_of_like_length(length, args.tokens_per_microbatch, per_loss)
+    count = max_over_ranks(len(groups))
     pad = lambda rows: pad_sequence(rows, batch_first=True).to(device)
     for chosen in groups:
         ids = pad([torch.tensor(samples[i].ids) for i in chosen])
@@ -741,6 +827,25 @@ def microbatches(samples, args, device, per_loss=1):
         yield chosen, ids, mask
     for _ in range(len(groups), count):
         yield [], pad([torch.tensor([0, 0])]), pad([torch.tensor([False, True])])
+
+
+def groups_of_like_length(length, tokens, per_loss=1):
+    """[indices of samples that go through the model together], from the longest to the shortest
+
+    A group has at most so many tokens when all are padded to its longest; it ends before that where it holds
+    a quarter of them and what comes next would be padding by a fifth or more.
+    """
+    longest = lambda unit: max(length[i] for i in unit)
+    groups, width = [], math.inf
+    for unit in sorted(batched(range(len(length)), per_loss), key=longest, reverse=True):
+        padded = len(groups[-1]) * width if groups else math.inf
+        fits = padded + per_loss * width <= tokens
+        if fits and (padded < tokens / 4 or longest(unit) >= 0.8 * width):
+            groups[-1] += unit
+        else:
+            groups.append([*unit])
+            width = longest(unit)  # its first unit is its longest
+    return groups
 
 
 @torch.no_grad()
@@ -833,9 +938,10 @@ def check_numbers(numbers, step, args):
 
 
 def fail_together(message):
-    """For what all processes find at once: the first says it."""
+    """For what all processes find at once: the first says it, and so ends the others."""
     if RANK == 0:
         fail(message)
+    time.sleep(60)
     raise SystemExit(2)
 
 
@@ -909,14 +1015,22 @@ def save_model(run):
     if args.lora:  # a weight and its small addition, summed in bf16, would be the weight again
         dtype = torch.float32
     # all processes go through full_weights, which gathers; the first one keeps the tensors
-    weights = {name: tensor.to("cpu", dtype) for name, tensor in policy.full_weights() if RANK == 0}
+    weights = {name: tensor.cpu() for name, tensor in policy.full_weights(dtype) if RANK == 0}
     if RANK == 0:
         with atomic_write(args.out / "model") as aside:
             policy.model.save_pretrained(aside, state_dict=weights)
             policy.config.dtype = dtype  # save_pretrained wrote that of the masters, fp32
             policy.config.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
+            for name in FOR_IMAGES:  # without them vLLM does not load a model that could see
+                source = cached_file(args.model, name, revision=args.revision,
+                                     _raise_exceptions_for_missing_entries=False)
+                if source:
+                    shutil.copyfile(source, aside / name)
     barrier("model saved")
+
+
+FOR_IMAGES = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 
 
 def read_metrics(path, start):
@@ -938,7 +1052,8 @@ def read_metrics(path, start):
 # what a person sees
 
 
-PHASES = ("sampling", "reference", "update", "evaluation", "saving")
+STEP = ("push", "sampling", "reference", "update")  # push: the engine takes the weights, and rests
+PHASES = (*STEP, "evaluation", "saving")
 
 
 class Log:
@@ -987,7 +1102,7 @@ class Log:
             return
         if samples:
             generated = row["length"] * self.args.batch_size * self.run.objective.completions
-            seconds = sum(self.seconds[phase] for phase in PHASES[:3])
+            seconds = sum(self.seconds[phase] for phase in STEP)
             row["tokens_per_second"] = round(generated / seconds)
             row["memory_gb"] = round(self.memory / 2**30, 3)
         # a checkpoint is saved after its step's row, so its seconds stand in the next
@@ -1137,6 +1252,14 @@ def diagnose(rows, args, most_reward=1.0):
             f"{now('unsolved'):.0%} of the prompts were never solved by π_ref in Stage 1, so there is little "
             "to learn from and the loss stays. Does the checker misread the responses (look at some)? "
             "Otherwise take easier problems, or leave these out: --filter unsolved.")
+    first = lambda key: float(np.mean([row[key] for row in rows[:3]]))
+    # the engine went away from π as π went away from π_ref; rounding grows far less
+    moved = now("reference_mismatch") - first("reference_mismatch")
+    if moved > 4 * first("reference_mismatch") and now("mismatch") - first("mismatch") > 0.4 * moved:
+        found["stale"] = (
+            f"the engine's log-probabilities leave the policy's ({first('mismatch'):.1g} → "
+            f"{now('mismatch'):.1g} nats a token) nearly as fast as the policy leaves π_ref: a part of its "
+            "weights stays old. Take --engine transformers.")
     grows = now("length") > before("length")
     if before("finished") < 0.2 and now("finished") < 0.2:
         found["no EOS"] = (

@@ -33,6 +33,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -45,6 +46,7 @@ from datetime import timedelta
 from functools import cache
 from itertools import groupby, islice, product
 from pathlib import Path
+from threading import Event, Thread
 from typing import NamedTuple
 
 # OpenMP's threads should not spin long for a core that another program has. It is read as torch loads
@@ -377,9 +379,10 @@ def histogram(rows, path):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# the sampler, with two engines: generate(prompts, n, seeds), stream(requests, n), weights_of(policy), close()
-# A request is (prompts, seeds, first): of each prompt `first` completions exist already, of a smaller N, and
-# the completions `first` to n - 1 are wanted. Each has random numbers of its own.
+# the sampler, with two engines: generate(prompts, n, seeds), stream(requests, n), close(). In training it
+# samples between wake(policy), which gives it the weights as they are then, and rest(), which frees memory
+# for the update. A request is (prompts, seeds, first): of each prompt `first` completions exist already, of a
+# smaller N, and the completions `first` to n - 1 are wanted. Each has random numbers of its own.
 
 
 class Completion(NamedTuple):
@@ -389,7 +392,7 @@ class Completion(NamedTuple):
 
 
 def make_sampler(args, eos, problems, device, training=False):
-    """A sampler for these problems. In training, `weights_of` says whose weights it samples from."""
+    """A sampler for these problems. In training, `wake` says whose weights it samples from."""
     if args.engine == "vllm":
         longest = max(len(problem["tokens"]) for problem in problems)
         return VLLMSampler(args, eos, longest + args.max_new_tokens, training)
@@ -446,7 +449,7 @@ class TransformersSampler:
     twice as quick as transformers' own `generate`, because rows that are finished leave the batch.
     """
 
-    model: torch.nn.Module  # None until `weights_of` names one
+    model: torch.nn.Module  # in training only between `wake` and `rest`
     eos: list
     max_new_tokens: int
     temperature: float
@@ -523,10 +526,16 @@ class TransformersSampler:
         for index, (prompts, seeds, first) in enumerate(requests):
             yield index, self.generate(prompts, n, seeds, first)
 
-    def weights_of(self, policy):
-        """It samples from the very module that is trained, whose shards are gathered meanwhile: no copy."""
-        self.model = policy
-        return policy.gathered()
+    def wake(self, policy):
+        """It samples from the very module that is trained, whose shards are whole meanwhile: no copy."""
+        if self.model is None:
+            self.model = policy
+            policy.gather()
+
+    def rest(self):
+        if self.model is not None:
+            self.model.scatter()
+        self.model = None
 
     def close(self):
         self.model = None
@@ -553,19 +562,22 @@ class VLLMSampler:
     def __init__(self, args, eos, window, training=False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where we reach it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers at every start
         import vllm
         from vllm.platforms import current_platform
 
         gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
         if current_platform.is_unspecified():
             fail("--engine vllm: there is no GPU, and this is not vLLM's CPU build")
-        self.sleeps, self.proved = training and gpu, False
+        self.sleeps, self.asleep = training and gpu, False
+        self.fresh, self.proved = False, False  # does it hold the weights of now? Does a push arrive?
+        # LoRA's small additions, merged into bf16 weights, would be rounded away
+        self.dtype = torch.float32 if getattr(args, "lora", None) else getattr(torch, args.dtype)
         self.llm = vllm.LLM(
             args.model,
             revision=args.revision,
             seed=args.seed,  # each request has a seed of its own
-            # LoRA's small additions, merged into bf16 weights, would be rounded away
-            dtype="float32" if getattr(args, "lora", None) else args.dtype,
+            dtype=self.dtype,
             max_model_len=window,
             enforce_eager=not gpu,
             enable_sleep_mode=self.sleeps,
@@ -585,9 +597,9 @@ class VLLMSampler:
             stop_token_ids=eos,
             detokenize=False,
             logprobs=0 if training else None,
+            flat_logprobs=True,
         )
-        if self.sleeps:
-            self.llm.sleep(level=2)
+        self.rest()
 
     def generate(self, prompts, n, seeds):
         for _, completions in self.stream([(prompts, seeds, 0)], n):
@@ -618,49 +630,53 @@ class VLLMSampler:
 
     @staticmethod
     def completion(written):
-        tokens, steps = list(written.token_ids), written.logprobs or []
-        logps = [step[token].logprob for token, step in zip(tokens, steps)]
-        return Completion(tokens, written.finish_reason == "stop", logps)
+        logps = written.logprobs.logprobs if written.logprobs else []  # of the tokens themselves alone
+        return Completion(list(written.token_ids), written.finish_reason == "stop", logps)
 
-    @contextmanager
-    def weights_of(self, policy):
-        """It wakes, takes the policy's weights as they are now, and sleeps again: updates need the memory."""
-        if self.sleeps:
+    def wake(self, policy):
+        if self.fresh:
+            return
+        if self.asleep:
             self.llm.wake_up(["weights"])
-        if not self.proved:
+        if self.proved:
+            self.load(policy.checkpoint_weights(self.dtype))
+        else:
             self.prove_push(policy)
-        self.load(policy.full_weights())
-        if self.sleeps:
+        if self.asleep:
             self.llm.wake_up(["kv_cache"])
         self.llm.reset_prefix_cache()  # or old keys and values answer for the new weights
-        yield
-        if self.sleeps:
+        self.fresh, self.asleep = True, False
+
+    def rest(self):
+        """Until then the weights may not change. It gives its memory back, unless it may stay awake."""
+        self.fresh = False
+        if self.sleeps and not self.asleep:
+            before, _ = torch.cuda.mem_get_info()
             self.llm.sleep(level=2)  # nothing waits in CPU memory: the next push brings all weights
+            self.size, self.asleep = torch.cuda.mem_get_info()[0] - before, True
 
     def load(self, named_tensors):
         # without an iterator reload_weights reads the *old* checkpoint from disk
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(named_tensors)))
 
     def prove_push(self, policy):
-        """Does a push arrive? One with all vectors (norms) doubled is read back. The true weights follow."""
-        pushed = {}
+        """Does all that vLLM holds follow a push? The policy's weights plus 1 come, then they themselves: the
+        sum of each of vLLM's own tensors, whatever its name there, must change."""
 
-        def doubled():
-            for name, tensor in policy.full_weights():
-                if tensor.dim() == 1:
-                    tensor = pushed[name] = 2 * tensor
-                yield name, tensor
+        def sums(worker):
+            tensors = worker.get_model().named_parameters()
+            return {name: tensor.sum(dtype=torch.float64).item() for name, tensor in tensors
+                    if tensor.numel()}  # the CPU build has moved some elsewhere
 
-        def read_back(worker):
-            parameters = worker.get_model().named_parameters()
-            return {name: tensor for name, tensor in parameters if name in pushed}
-
-        self.load(doubled())
-        (arrived,) = self.llm.collective_rpc(read_back)
-        same = [tensor.equal(pushed[name].to(tensor)) for name, tensor in arrived.items()]
-        if not same or not all(same):
-            fail("vLLM does not take the policy's weights: it holds others after a push; try --engine "
-                 "transformers")
+        weights = lambda: policy.checkpoint_weights(self.dtype)
+        self.load((name, tensor + 1) for name, tensor in weights())
+        (moved,) = self.llm.collective_rpc(sums)
+        self.load(weights())
+        (now,) = self.llm.collective_rpc(sums)
+        stuck = [name for name in now if not abs(now[name] - moved[name]) > 0]  # NaN is one, too
+        if stuck:
+            fail(f"vLLM does not take all of the policy's weights: {len(stuck)} of its {len(now)} tensors "
+                 f"keep their numbers after a push, such as {stuck[0]}; try --engine transformers")
         self.proved = True
 
     def close(self):
@@ -668,7 +684,7 @@ class VLLMSampler:
         from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.platforms import current_platform
 
-        if self.sleeps:
+        if self.asleep:
             self.llm.wake_up()  # what sleeps cannot be freed
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
@@ -764,7 +780,7 @@ def add_machine_flags(parser, training=False):
         "in Stage 2 from the step, too")
     add("--dtype", ["auto", "float32", "bfloat16"], "the precision of all computing; auto: bfloat16 on a GPU "
         "that multiplies in it, else float32")
-    note = ", but transformers for --lora in bf16 (vLLM would hold fp32 weights)" if training else ""
+    note = "; with --lora it holds the merged weights in fp32" if training else ""
     add("--engine", ["auto", "vllm", "transformers"], "auto: vLLM where it is installed and there is a GPU"
         + note)
     add("--decode_rows", 256, "completions saved at once, and with transformers decoded at once; bounds the "
@@ -790,15 +806,63 @@ def add_problem_flags(parser, split, files=None):
 
 
 def run_script(main):
-    """main(), with what a user can mend said in one line."""
+    """main(), with what a user can mend said in one line. Where one of several processes fails, all end."""
+    if WORLD > 1:
+        if "LOCAL_WORLD_SIZE" not in os.environ:  # all processes of a node would take its first GPU
+            fail("RANK and WORLD_SIZE are set, but not LOCAL_WORLD_SIZE: start it by torchrun, also under "
+                 "srun and mpirun")
+        torchrun_store().add(f"count {RANK}", 1)
+        over = Event()
+        watch = Thread(target=watch_the_others, args=[over], daemon=True)
+        watch.start()
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    code = 0
     try:
         with_short_errors(main)
     except SystemExit as end:
-        if end.code and "vllm" in sys.modules:  # an engine that is torn down would print errors behind ours
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
+        code = end.code
+    except Exception:
+        code = 1
+        if WORLD > 1:  # perhaps because of another process, which then ends this one without a word
+            time.sleep(2 * BEAT)
+        traceback.print_exc()
+    if WORLD > 1:
+        over.set()
+        watch.join()  # a thread that is within the store when Python ends aborts the process
+        torchrun_store().set("failed" if code else f"ended {RANK}", "yes")
+    if code and "vllm" in sys.modules:  # an engine that is torn down would print errors behind ours
+        end_now(code)
+    if code:
+        raise SystemExit(code)
+
+
+BEAT, SILENCE = 1, 300  # seconds
+
+
+def watch_the_others(over):
+    """A thread that ends this process, wherever it waits: when another one has failed, which says why itself,
+    or when a neighbour's count has stood still for long, as its machine is gone."""
+    store = next(dist.rendezvous("env://"))[0]  # a connection of its own, as a wait blocks the other one
+    neighbour, last, since = (RANK + 1) % WORLD, 0, time.monotonic()
+    while not over.wait(BEAT):
+        store.add(f"count {RANK}", 1)
+        count = store.add(f"count {neighbour}", 0)
+        if count > last or store.check([f"ended {neighbour}"]):
+            last, since = count, time.monotonic()
+        if store.check(["failed"]):
+            end_now(2)
+        if last > 0 and time.monotonic() - since > SILENCE:
+            store.set("failed", "yes")
+            print(f"error: process {neighbour} of {WORLD} has been silent for {SILENCE} seconds; the same "
+                  "command resumes", file=sys.stderr)
+            end_now(2)
+
+
+def end_now(code):
+    """Also in the midst of a collective, and of what Python does at its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def with_short_errors(main):
@@ -807,6 +871,9 @@ def with_short_errors(main):
     except OSError as error:
         fail(f"{error.filename or 'writing'}: {error.strerror or error}")
     except (RuntimeError, ValueError) as error:
+        if "by peer" in str(error) or isinstance(error, dist.DistError):  # gloo's words, and NCCL's error
+            time.sleep(2 * BEAT)  # if it knew why, it has said so, and watch_the_others ends this one now
+            fail("another process is gone, without a word; the same command resumes")
         signs = "out of memory", "Free memory on device"  # torch's, and vLLM's
         if not any(sign in str(error) for sign in signs):
             raise
@@ -842,6 +909,8 @@ def start_process(args, group=False):
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.init()  # or a device mesh picks GPU number LOCAL_RANK, though this process sees only one
+        # as vLLM does: it is wrong on B200 (pytorch#193893), and makes a plan for each new shape
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif platform.libc_ver()[0] == "glibc":  # keep freed memory: asking for it anew is a tenth of an update
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
@@ -853,7 +922,8 @@ def start_process(args, group=False):
         warnings.filterwarnings("ignore", module="torch.distributed|torch.storage|torch.utils._pytree")
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         if WORLD > 1:
-            dist.init_process_group(backend)
+            # a process whose completions are short waits for the others; watch_the_others sees failures
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         elif args.dtype != "float32" or gpu:  # FSDP on one process: it keeps the fp32 masters
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda" if gpu else "cpu")
@@ -864,8 +934,7 @@ def settle_engine(args, gpu):
     if args.engine == "vllm" and not installed:
         fail("--engine vllm: vLLM is not installed")
     if args.engine == "auto":
-        lora_in_bf16 = getattr(args, "lora", None) and args.dtype == "bfloat16"
-        args.engine = "vllm" if installed and gpu and not lora_in_bf16 else "transformers"
+        args.engine = "vllm" if installed and gpu else "transformers"
 
 
 def barrier(label):
@@ -874,6 +943,16 @@ def barrier(label):
         if torchrun_store().add(label, 1) == WORLD:
             torchrun_store().set(f"{label}: all here", "yes")
         torchrun_store().wait([f"{label}: all here"], timedelta(days=30))
+
+
+def collect(label, values):
+    """The lists of all processes → on the first one list, in the order of the processes"""
+    if WORLD == 1:
+        return values
+    torchrun_store().set(f"{label} of {RANK}", json.dumps(values))
+    barrier(label)
+    parts = [torchrun_store().get(f"{label} of {rank}") for rank in range(WORLD if RANK == 0 else 0)]
+    return [value for part in parts for value in json.loads(part)]
 
 
 @cache
@@ -909,7 +988,7 @@ def load_tokenizer(args):
     eos = None
     with suppress(OSError):  # not every model has a generation config
         eos = transformers.GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
-    eos = config.eos_token_id if eos is None else eos
+    eos = getattr(config.get_text_config(), "eos_token_id", None) if eos is None else eos
     eos = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     eos.discard(None)
     if not eos:
@@ -1077,7 +1156,8 @@ def guard_settings(args, config, outputs, precious, may_change=(), kept=(), **mo
 
 MADE = re.compile(  # the files in a run's folders: completions, checkpoints, and what transformers saves
     r"(\d+(\.held_out)?\.jsonl|\.metadata|.*\.(distcp|safetensors|bin|model|jinja|tiktoken)|merges\.txt|"
-    r"vocab\.txt|((generation_|tokenizer_)?config|tokenizer|vocab|added_tokens|special_tokens_map|"
+    r"vocab\.txt|((generation_|tokenizer_|(video_)?(pre)?processor_)?config|tokenizer|vocab|added_tokens|"
+    r"special_tokens_map|"
     r"chat_template|.*\.index)\.json)(\.tmp)?")
 
 
@@ -1122,8 +1202,8 @@ def hash_of_ids(problems):
     return hash_of([dict(id=key) for key in sorted({problem["id"] for problem in problems})])
 
 
-def read_rows(path, n=None):
-    """The rows that sample_all wrote, with the first n completions of each."""
+def read_rows(path, n=None, without=None):
+    """The rows that sample_all wrote, with the first n completions of each; `without` names a field."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -1131,6 +1211,7 @@ def read_rows(path, n=None):
                 row = json.loads(line)
                 for key in {"rewards", *row} & {"rewards", "lengths", "finished", "responses", "tokens"}:
                     row[key] = row[key][:n]
+                row.pop(without, None)
                 rows.append(row)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}, line {number}: torn, or not a row of completions; remove this line, and the "

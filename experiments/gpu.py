@@ -148,8 +148,9 @@ def engine(args, name):
              for numbers in result.values()]
     if getattr(run.sampler, "sleeps", False):
         free = lambda: torch.cuda.mem_get_info()[0] / 2**30  # of the whole GPU, whoever has the rest
-        with run.sampler.weights_of(run.policy):
-            result["gib_free_awake"] = free()
+        run.sampler.wake(run.policy)
+        result["gib_free_awake"] = free()
+        run.sampler.rest()
         result["gib_free_asleep"] = free()
     run.sampler.close()
     if dist.is_initialized():
@@ -160,7 +161,9 @@ def engine(args, name):
 def pushed(run, problems, push):
     """An update between two pushes. How far (nats a token) are the engine's log-probabilities off the weights
     that it should have, off π_ref's, and off the weights after the update, as if the next push failed?"""
+    run.sampler.wake(run.policy)
     samples = train.rollout(run, [*enumerate(problems, push * len(problems))])
+    run.sampler.rest()
     constants = run.objective.constants(run, samples)
     train.set_lr(run.optimizer, push, run.args)
     numbers = train.update(run, samples, constants)

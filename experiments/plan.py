@@ -104,9 +104,8 @@ def settle(args, prompt):
         args.dtype = "bfloat16" if args.gpu in GPUS else "float32"
     args.width = math.ceil(prompt) + args.max_new_tokens
     args.lr = args.lr or 1e-6  # a baseline asks for it
-    if args.engine == "auto":  # vLLM would hold the merged weights of --lora in fp32
-        lora_in_bf16 = args.lora and args.dtype == "bfloat16"
-        args.engine = "vllm" if args.gpu in GPUS and not lora_in_bf16 else "transformers"
+    if args.engine == "auto":
+        args.engine = "vllm" if args.gpu in GPUS else "transformers"
 
 
 def read_machine(text):
@@ -214,8 +213,7 @@ def step_floor(shape, args, objective, prompt, completion):
     bytes_read = waves * args.max_new_tokens * engine_bytes(args) * shape.read
     bytes_read += context * cache_per_token(shape, engine_bytes(args))
     sampling = bytes_read / bandwidth
-    # before that they are gathered; vLLM gets fp32 weights
-    sampling += (4 if vllm and not args.lora else b) * ring
+    sampling += b * ring  # before that they are gathered
     forward = forward_flops(shape, rows, prompt, completion) / flops
     trained, before = networks_of(objective)  # a critic is of the policy's size
     # forward, again for the backward pass, and that is twice a forward: once for the states, and once for
@@ -254,11 +252,14 @@ def verdict(shape, args, objective):
     if need() <= room:
         return f"it fits into {room:g} GiB ({OVERHEAD:g} are left to CUDA and NCCL)"
     smaller = dict(tokens_per_microbatch=args.width)
+    fewer = dict(decode_rows=max(1, args.decode_rows // 8))
+    remedies, sampling = [], fewer
     if args.engine == "vllm":
         sampling = dict(gpu_memory=least_share(shape, args))
-    else:
-        sampling = dict(decode_rows=max(1, args.decode_rows // 8))
-    remedies = [smaller, sampling, smaller | sampling]
+        if args.lora:  # of which vLLM holds the merged weights in fp32
+            loop = dict(engine="transformers")
+            remedies = [loop, loop | fewer, loop | fewer | smaller]
+    remedies += [smaller, sampling, smaller | sampling]
     remedies += [dict(ranks=2**k, **more) for k in range(1, 11) for more in ({}, sampling)]
     for changes in remedies:
         if need(**changes) <= room:
@@ -326,6 +327,7 @@ def activations(shape, dtype, rows, width, recompute, gpu, rank):
         learned = [p for p in policy.parameters() if p.requires_grad]
         for parameter in learned:  # a gradient leaves as soon as it is whole: they are counted elsewhere
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        policy.block_bytes = 1  # fake tensors cannot be measured
         before = live.most = live.now
         ids = torch.zeros(rows, width, dtype=torch.long)
         hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state

@@ -61,11 +61,7 @@ def test_an_engine_with_old_weights_does_not_hold(contact, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", sys.argv)
     first = train.Policy(vstar.load_model(str(HERE / "tiny/model"), None, "bfloat16", "cpu"))
 
-    def never_new(sampler, policy):
-        sampler.model = first
-        return policy.gathered()
-
-    monkeypatch.setattr(vstar.TransformersSampler, "weights_of", never_new)
+    monkeypatch.setattr(vstar.TransformersSampler, "wake", lambda self, _: setattr(self, "model", first))
     with chdir(HERE):
         found = gpu.engine(SimpleNamespace(out=out, toy=True), "transformers")
     assert not found["holds"] and not torch.distributed.is_initialized()

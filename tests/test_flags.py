@@ -253,8 +253,9 @@ def test_a_full_gpu_is_one_line(capsys):
                   ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired")):
         failing = lambda error=error: vstar.run_script(lambda: raises(error))
         ends_in_one_line(capsys, failing, "lower --decode_rows")
-    with pytest.raises(RuntimeError, match="another"):
+    with pytest.raises(SystemExit, match="1"):
         vstar.run_script(lambda: raises(RuntimeError("another")))
+    assert "RuntimeError: another" in capsys.readouterr().err  # with its traceback
 
 
 @pytest.mark.parametrize("name", ["vstar", "train", "evaluate", "experiments.baselines"])

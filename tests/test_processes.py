@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shlex
 import signal
 import socket
@@ -78,7 +79,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(signals, code, line, all_rows, tmp
     assert (tmp_path / "checkpoint").exists() == ("saved" in line)
 
 
-def nodes(count, each, *command):
+def nodes(count, each, *command, **more):
     """Several machines, as far as the processes can tell: an agent for each, with its own share of the
     cores. They meet at an address."""
     cores = sorted(os.sched_getaffinity(0))
@@ -89,7 +90,7 @@ def nodes(count, each, *command):
     meet = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
     sizes = [f"--nnodes={count}", f"--nproc_per_node={each}", "--local_addr=127.0.0.1"]
     agent = ["-m", "torch.distributed.run", *sizes, *meet]
-    return [start(*agent, *command, start_new_session=True, preexec_fn=pin(node))
+    return [start(*agent, *command, start_new_session=True, preexec_fn=pin(node), **more)
             for node in range(count)]
 
 
@@ -99,6 +100,41 @@ def descendants(parent):
     children = [int(line)
                 for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
     return children + [below for child in children for below in descendants(child)]
+
+
+@whole
+@pytest.mark.parametrize("end,line", [
+    ("vstar.fail('the disk is full')", "error: the disk is full"),
+    long_value(("raise KeyError('lost')", "KeyError: 'lost'")),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "has been silent for 3 seconds|another process is gone"),
+    long_value(("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", "")),
+    long_value(("train.fail_together('NaN')", "error: NaN"))])
+@pytest.mark.parametrize("waits", ["vstar.barrier('never')", long_value("torch.distributed.barrier()")])
+def test_where_one_process_ends_those_of_another_node_do(end, line, waits, tmp_path):
+    """Within seconds, wherever they wait; the one that knows says why, and the other nothing."""
+    (tmp_path / "it.py").write_text(f"""if True:
+        import os, signal, sys, time
+        sys.path.insert(0, {str(HERE)!r})
+        import torch, train, vstar
+        vstar.SILENCE = 3
+
+        def main():
+            torch.distributed.init_process_group("gloo")
+            vstar.barrier("both are here")
+            if vstar.RANK == 1:
+                {end}
+            elif {end.startswith("train")}:
+                train.fail_together("NaN")
+            {waits}
+
+        vstar.run_script(main)
+    """)
+    both = nodes(2, 1, tmp_path / "it.py", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    outputs = [node.communicate(timeout=60)[0] for node in both]
+    assert all(node.returncode != 0 for node in both)
+    assert len(re.findall(line, "".join(outputs))) == 1 or not line, outputs
+    traces = sum(output.count("it.py\", line") for output in outputs)  # torchrun's own name other files
+    assert traces == end.startswith("raise"), outputs
 
 
 @long

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -325,14 +324,14 @@ def test_held_out_accuracy_counts_rewards_of_one(monkeypatch):
     graded = [SimpleNamespace(reward=reward) for reward in (2.0, 1.0, 0.5, 0.0)]
     monkeypatch.setattr(train, "rollout", lambda run, prompts: [graded[row] for _, row in prompts])
     for reward, more in ((None, {}), ("mine.py:judge", dict(held_out_reward=0.875))):
-        run = SimpleNamespace(args=some_args(reward=reward))
+        run = SimpleNamespace(args=some_args(reward=reward), sampler=mock.MagicMock(), policy=None)
         assert train.held_out_metrics(run, range(4), mock.MagicMock(), 1) == dict(accuracy=0.5, **more)
 
 
 def test_a_reward_that_cannot_read_held_out_problems(tmp_path, capsys):
     """…is said with the file that they are of."""
     args = some_args(reward=own_reward(tmp_path, "return row['nums'][0]"), eval_data="test.jsonl", seed=0)
-    sampler = SimpleNamespace(weights_of=lambda _: nullcontext(),
+    sampler = SimpleNamespace(wake=lambda _: None,
                               generate=lambda prompts, n, _: [[Completion([1], True, [])] for _ in prompts])
     run = SimpleNamespace(args=args, policy=None, sampler=sampler,
                           tokenizer=SimpleNamespace(decode=lambda tokens, **_: "x"))

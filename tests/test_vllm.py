@@ -99,11 +99,26 @@ def test_vllm_takes_new_weights(engine):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * parameter.std())
-    engine.push(train.Policy(model).full_weights())
+    engine.push(train.Policy(model).checkpoint_weights(torch.float32))
     completions = engine.sampler.generate(engine.prompts[:32], 1, range(32))
     for prompt, (copy,) in zip(engine.prompts, completions):
         assert off(model, prompt, copy) < 1e-4 < off(tiny_model(), prompt, copy)
     engine.push(tiny_model().state_dict().items())
+
+
+def test_weights_that_have_not_changed_are_not_pushed_again(engine, monkeypatch):
+    """As where an evaluation comes right before a step."""
+    pushes, sampler, policy = [], engine.sampler, train.Policy(tiny_model())
+    load = lambda self, weights, load=vstar.VLLMSampler.load: pushes.append(1) or load(self, weights)
+    monkeypatch.setattr(vstar.VLLMSampler, "load", load)
+    for count in (2, 2, 2):  # the first push is proved by a second one
+        sampler.wake(policy)
+        assert len(pushes) == count
+    for count in (3, 4):
+        sampler.rest()
+        sampler.wake(policy)
+        assert len(pushes) == count
+    sampler.rest()
 
 
 def test_vllm_is_asked_for_fp32_with_lora(engine, monkeypatch):
@@ -115,16 +130,19 @@ def test_vllm_is_asked_for_fp32_with_lora(engine, monkeypatch):
     for lora in (4, None):
         args = SimpleNamespace(dtype="bfloat16", lora=lora, **sizes)
         vstar.VLLMSampler(args, [0], 128, training=True)
-    assert asked == ["float32", "bfloat16"]
+    assert asked == [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("arrive,words", [(0, "does not take the policy's weights"),
-                                          (2, "does it still hold old weights")])
-def test_vllm_with_old_weights_is_noticed(engine, all_rows, tmp_path, arrive, words):
-    """Where no push arrives, in the engine's own weights before a first step; where all but the first two
-    get lost (the one that is read back, and π_ref), by the log-probabilities."""
-    load = (f"lambda self, weights, load=vstar.VLLMSampler.load, left=[0] * {arrive}: "
-            "load(self, weights) if left and not left.pop() else list(weights)")
+@pytest.mark.parametrize("arrive,kept,words", [
+    (0, "''", "8 of its 8 tensors keep their numbers"),
+    (99, "'layers.1.'", "3 of its 8 tensors keep their numbers after a push, such as model.layers.1."),
+    (2, "''", "does it still hold old weights")])
+def test_vllm_with_old_weights_is_noticed(engine, all_rows, tmp_path, arrive, kept, words):
+    """Where no push arrives, or a layer's weights do not, in the engine's own tensors before a first step;
+    where all but the first two get lost, by the log-probabilities."""
+    load = (f"lambda self, weights, load=vstar.VLLMSampler.load, left=[0] * {arrive}: load(self, "
+            f"((n, w) for n, w in weights if {kept} not in n or not {kept})) "
+            "if left and not left.pop() else list(weights)")
     stale = (f"import runpy, vstar; vstar.VLLMSampler.load = {load}; "
              "runpy.run_path('train.py', run_name='__main__')")
     more = ["--steps=10", "--batch_size=128", "--eval_every=99", "--engine=vllm"]
