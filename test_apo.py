@@ -1030,6 +1030,8 @@ def test_stale_weights_and_a_wrong_reference_are_noticed(capsys):
     args.dtype = "bfloat16"
     check(1, mismatch=9e-5, reference_mismatch=3e-5)  # few tokens, rounded by chance to one side
     stale(1, mismatch=4e-3, reference_mismatch=1e-3)
+    train.check_numbers({**good, "mismatch": 0.2, "reference_mismatch": 0.3}, 5, args, mixture=True)
+    stale(5, mismatch=0.2, reference_mismatch=0.3)
     args.dtype = "float32"
     wrong = lambda: check(0, log_ratio_abs=1.0)
     ends_in_one_line(capsys, wrong, "π and π_ref should agree", "0.05 per token")

@@ -4,11 +4,12 @@
     python -m experiments.gpu --toy      → out/gpu-toy/gpu.json: every part at toy size, on any CPU
 
 bf16, fp32           the embedded world from start to end; both should reach the same accuracy
+cudnn                bf16 with cuDNN's attention, which vstar.py switches off: is that quicker?
 restart              the run of bf16 again from its last checkpoint but one, in another process: same numbers?
 transformers, vllm   each engine's log-probabilities against the trainer's, before and after real updates;
                      what vLLM's sleep gives back
 phases               speed/phases.py in the shape of Qwen2.5-1.5B, full and with --lora 16: seconds, and the
-                     memory beside the plan's
+                     memory beside the plan's; with --recompute auto and yes, and --lora in both engines
 
 Each part is a process of its own and leaves out/gpu/PART.json and PART.log. What is there is not run again.
 To repeat a part, remove its file.
@@ -108,6 +109,12 @@ def world(args, dtype):
                 seconds_a_step=float(np.mean([lab.seconds_of(row) for row in steps])))
 
 
+def cudnn(args):
+    torch.backends.cuda.enable_cudnn_sdp = lambda on: None
+    rows = train_world(args, "bfloat16", args.out / "world/cudnn")
+    return dict(seconds_a_step=float(np.mean([lab.seconds_of(row) for row in rows if row["step"] > 1])))
+
+
 def difference(bf16, fp32):
     """Twice as far apart as two of five seeds were (0.02) would be too far."""
     apart = bf16["accuracy"] - fp32["accuracy"]
@@ -180,13 +187,14 @@ def pushed(run, problems, push):
 
 
 def speed(args):
-    size = "--shape=toy --batch_size=4 --prompts=8 --tokens=16 --steps=2" if args.toy else ""
-    script(phases, *size.split(), "--only", "apo", "apo-lora", f"--name={args.out}/phases-results")
+    size = "--shape=toy --batch_size=4 --prompts=8 --tokens=16 --steps=3" if args.toy else ""
+    script(phases, *size.split(), "--ways", *phases.WAYS[:4], f"--name={args.out}/phases-results")
     return json.loads((args.out / "phases-results.json").read_text())["results"]
 
 
 PARTS = {"bf16": partial(world, dtype="bfloat16"),
          "fp32": partial(world, dtype="float32"),
+         "cudnn": cudnn,
          "restart": restart,
          "transformers": partial(engine, name="transformers"),
          "vllm": partial(engine, name="vllm"),

@@ -42,9 +42,9 @@ def reuse(run, prompts, n=1):
     return samples
 
 
-def check_sampled(numbers, step, args):
+def check_sampled(numbers, step, *more):
     if step >= STEPS:  # before, no engine has sampled
-        check(numbers, step, args)
+        check(numbers, step, *more)
 
 
 def near(problems, step, args):

@@ -21,11 +21,11 @@ import transformers
 from matplotlib.figure import Figure
 
 from experiments.baselines import ALGORITHMS
+from train import STEP as PHASES  # of a step: evaluations and checkpoints do not count
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results"
 ONE_THREAD = dict(OMP_NUM_THREADS="1")
-PHASES = ("sampling", "reference", "update")  # of a step; evaluations and checkpoints do not count
 
 
 def make_parser(description, steps=None, seeds=5):
@@ -142,7 +142,7 @@ def toss(*_):
 
 def seconds_of(row, phases=PHASES):
     """What a step took."""
-    return sum(row["seconds"][phase] for phase in phases)
+    return sum(row["seconds"].get(phase, 0) for phase in phases)  # older rows have no "push"
 
 
 def curve(rows):

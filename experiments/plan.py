@@ -130,6 +130,10 @@ def show(args, objective, prompt, completion):
     if args.gpu not in GPUS:
         return
     print(verdict(shape, args, objective))
+    if args.recompute == "auto":
+        kept, awake = kept_blocks(shape, args, objective)
+        print(f"of {shape.blocks} blocks {kept} keep their activations"
+              + ", and vLLM stays awake" * awake + ": as far as nine tenths of the memory go")
     floor = step_floor(shape, args, objective, prompt, completion)
     answers = args.batch_size * objective.completions
     print(f"\na step of {answers} answers ({prompt:.0f} + {completion:.0f} tokens), at least: "
@@ -200,6 +204,21 @@ def peak(parts):
     return always + max(update, parts["sampling"])
 
 
+def kept_blocks(shape, args, objective):
+    """→ how many blocks need not be computed again, and whether vLLM may stay awake, as
+    train.use_free_memory decides"""
+    parts = memory(shape, args, objective)
+    free = 0.9 * GPUS[args.gpu][0] - OVERHEAD - peak(dict(parts, sampling=0))
+    awake = args.engine == "vllm" and free > parts["sampling"]
+    if awake:
+        free -= parts["sampling"]
+    rows = max(1, args.tokens_per_microbatch // args.width)
+    sizes = [activations(shape, getattr(torch, args.dtype), rows, args.width, recompute, True, args.lora)[0]
+             for recompute in (False, True)]
+    block = (sizes[0] - sizes[1]) / shape.blocks / 2**30
+    return min(shape.blocks, int(max(0, free) / block)), awake
+
+
 def step_floor(shape, args, objective, prompt, completion):
     """Seconds that a step takes at least on each GPU: {phase: seconds}; prompt and completion: mean tokens"""
     _, flops, bandwidth, link = GPUS[args.gpu]
@@ -219,7 +238,10 @@ def step_floor(shape, args, objective, prompt, completion):
     # forward, again for the backward pass, and that is twice a forward: once for the states, and once for
     # weights that are not frozen
     frozen = bool(args.lora)
-    update = trained * (3 if args.recompute == "no" else 4) - frozen
+    again = dict(no=0, yes=1).get(args.recompute)
+    if again is None:
+        again = 1 - kept_blocks(shape, args, objective)[0] / shape.blocks
+    update = trained * (3 + again) - frozen
     # FSDP gathers weights for the forward and the backward pass, π_ref's for its own, and sums fp32 gradients
     micro = math.ceil(max(1.0, rows * (prompt + completion) / args.tokens_per_microbatch))
     traffic = objective.passes * (trained * (2 * b + 4) - 4 * frozen) + before * b
@@ -276,6 +298,7 @@ def verdict(shape, args, objective):
 class Shape:
     config: transformers.PretrainedConfig
     total: int  # parameters
+    blocks: int  # how many
     block: int  # of the largest block
     rest: int  # of what lies in no block: embeddings, head, last norm
     read: int  # of what a token's step reads: all but a table of embeddings that is not the head too
@@ -292,7 +315,7 @@ def load_shape(model, revision=None):
     total, table = count(model), model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is table
     read = total - (0 if tied else table.numel())
-    return Shape(config, total, max(blocks, default=0), total - sum(blocks), read)
+    return Shape(config, total, len(blocks), max(blocks, default=0), total - sum(blocks), read)
 
 
 class Live(TorchDispatchMode):

@@ -34,7 +34,7 @@ def test_every_part_runs_at_toy_size(contact):
     assert [part for part in gpu.PARTS if "skipped" in found[part]] == skipped
     assert all(found[part]["holds"] for part in ("difference", "restart", "transformers"))
     assert found["restart"]["steps_alike_to_the_bit"] == found["restart"]["steps"] == 2
-    full, lora = (found["phases"][way] for way in ("apo", "apo-lora"))
+    full, lora = (found["phases"][way] for way in ("apo", "apo --lora=16"))
     measured = ("sampling", "update", "tokens_per_second", "mfu", "peak_gib")
     assert min(way[key] for way in (full, lora) for key in measured) > 0
     assert lora["planned_gib"] < full["planned_gib"]

@@ -55,10 +55,11 @@ def test_plan_is_what_an_update_allocates(kind, recompute, lora):
         reference = policy.unadapted if lora else train.Policy(make()).requires_grad_(False)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
         run = run_of(objective, policy, reference, optimizer)
+        policy.block_bytes = 1  # or the first micro-batch would measure them
         for _ in range(2):
             train.update(run, [sample] * 16, objective.constants(run, [sample] * 16))
     learned = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    parts = plan.memory(plan.Shape(config, total, 0, 0, 0), args, objective)
+    parts = plan.memory(plan.Shape(config, total, 0, 0, 0, 0), args, objective)
     assert plan.peak(parts) * 2**30 == pytest.approx(live.most, rel=0.15)
     assert parts["AdamW (fp32)"] * 2**30 == 8 * learned and parts["gathered by FSDP"] == 0
     assert parts["activations"] > 0.2 * plan.peak(parts)  # not only weights
@@ -101,9 +102,9 @@ def test_plan_of_seconds_by_hand():
     """Eight H100s and a model of 10⁹ weights: two layers, 16 heads of 64, keys and values too."""
     config = transformers.Qwen2Config(hidden_size=1024, num_hidden_layers=2, num_attention_heads=16,
                                       num_key_value_heads=16, vocab_size=1000)
-    shape = plan.Shape(config, 10**9, 5 * 10**8, 0, 10**9)
+    shape = plan.Shape(config, 10**9, 2, 5 * 10**8, 0, 10**9)
     args = settled(batch_size=128, decode_rows=256, tokens_per_microbatch=2400, max_new_tokens=400, ranks=8,
-                   gpu="H100", dtype="bfloat16")
+                   gpu="H100", dtype="bfloat16", recompute="yes")
     floor = lambda objective: plan.step_floor(shape, args, objective(args), 100, 200)
     found, ring = floor(train.APO), 1e9 * 7 / 8 / 450e9
     cache = 2 * 2 * 1024 * 2  # bytes a token: keys and values, layers, width, bf16
@@ -123,6 +124,21 @@ def test_plan_of_seconds_by_hand():
     # a critic learns too; its values and the old log-probabilities are two passes more
     both = floor(PPO)
     assert [both["update"], both["reference"]] == pytest.approx([8 * forward, 3 * forward])
+
+
+def test_plan_of_kept_activations():
+    """As many blocks as fit into nine tenths of the memory, beside a vLLM that stays awake where it fits."""
+    config = transformers.Qwen2Config(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16,
+                                      num_key_value_heads=16, intermediate_size=4096, vocab_size=1000)
+    shape = plan.Shape(config, 10**8, 4, 2 * 10**7, 0, 10**8)
+    kept = {}
+    for share in (0.2, 0.4, 0.9):
+        args = settled(tokens_per_microbatch=2**18, width=2**10, ranks=1, gpu="H100", dtype="bfloat16",
+                       engine="vllm", gpu_memory=share)
+        kept[share] = plan.kept_blocks(shape, args, train.APO(args))
+    # 43 bytes for each dimension of each token are 10.7 GiB a block; an update takes 24.1 GiB, and of the 80
+    # 8 and OVERHEAD are left: room for 45.9, 16 or 32 of it for vLLM
+    assert kept == {0.2: (2, True), 0.4: (1, True), 0.9: (4, False)}
 
 
 def test_each_objective_is_asked_for_its_networks():
@@ -159,7 +175,7 @@ def test_plan_says_what_would_fit(planned):
     assert f"{would}4 GPUs\n" in planned("1xH100").stdout
     assert f"{would}--gpu_memory 0.2\n" in planned("8xH100", "--gpu_memory=0.1").stdout
     small = planned("1xL4", "--lora=16").stdout
-    assert f"{would}--tokens_per_microbatch 1224 and --decode_rows 32\n" in small
+    assert f"{would}--engine transformers and --decode_rows 32 and --tokens_per_microbatch 1224\n" in small
 
 
 @whole

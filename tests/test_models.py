@@ -42,7 +42,8 @@ def test_a_model_that_could_see_learns_from_text_and_restarts(seeing, more, tmp_
     world = [f"--model={seeing}", *TINY[1:], "--max_new_tokens=8", f"--reward={judge}", "--limit=16"]
     inside("vstar.py", *world, "--samples=2", f"--out={tmp_path}/vstar.jsonl")
     stage2 = ["train.py", f"--vstar={tmp_path}/vstar.jsonl", "--batch_size=8", "--save_every=2", "--lr=1e-3",
-              "--engine=transformers", "--eval_data=tiny/test.jsonl", "--eval_limit=4", "--eval_every=2", *more]
+              "--engine=transformers", "--eval_data=tiny/test.jsonl", "--eval_limit=4", "--eval_every=2",
+              *more]
     inside(*stage2, f"--out={tmp_path}/whole", "--steps=4")
     for steps in (2, 4):
         inside(*stage2, f"--out={tmp_path}/again", f"--steps={steps}")

@@ -25,6 +25,8 @@ from tests.helpers import (
     long_value,
     metrics,
     read_jsonl,
+    refused,
+    run,
     stage1,
     stage2,
     start,
@@ -135,6 +137,26 @@ def test_where_one_process_ends_those_of_another_node_do(end, line, waits, tmp_p
     assert len(re.findall(line, "".join(outputs))) == 1 or not line, outputs
     traces = sum(output.count("it.py\", line") for output in outputs)  # torchrun's own name other files
     assert traces == end.startswith("raise"), outputs
+
+
+@whole
+def test_nodes_that_do_not_share_the_folder_are_told_at_the_start(all_rows, tmp_path):
+    (tmp_path / "it.py").write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {str(HERE)!r})
+        import train, vstar
+        sys.argv.append(f"--out={tmp_path}/{{vstar.RANK}}")
+        vstar.run_script(train.main)
+    """)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "it.py",
+               *stage2(all_rows, tmp_path / "elsewhere")[1:], check=False)
+    assert done.stderr.count("error: ") == 1 and "all nodes must share it" in done.stderr, done.stderr
+    assert not (tmp_path / "0/metrics.jsonl").exists()
+
+
+def test_a_launcher_that_does_not_say_how_many_processes_a_node_has_is_refused():
+    done = run("vstar.py", "--overwrite", check=False, RANK="0", WORLD_SIZE="2")
+    refused(done, "LOCAL_WORLD_SIZE", "torchrun")
 
 
 @long
