@@ -39,10 +39,10 @@ It writes into out/run/: metrics.jsonl (a line a step), curves.png, samples/ (00
 completions, 000020.held_out.jsonl those of the evaluation after it), checkpoint/, and model/, which
 transformers and vLLM load as it is. A killed run is resumed by the same command. A line of metrics.jsonl:
 
-    {"step": 1, "loss": 0.284, "entropy": 0.247, "mismatch": 3e-07, "reference_mismatch": 3e-07, "kl": 0.0,
+    {"step": 1, "loss": 0.284, "entropy": 0.247, "mismatch": 9e-08, "reference_mismatch": 9e-08, "kl": 0.0,
      "log_ratio_abs": 0.0, "length": 15.96, "grad_norm": 0.819, "grad_clipped": 0.0, "lr": 6e-05,
      "reward": 0.445, "vstar": 0.589, "advantage": -0.144, "finished": 1.0, "unsolved": 0.0625,
-     "tokens_per_second": 896, "memory_gb": 0.426, "seconds": {"sampling": 1.379, "reference": 0.04, …}}
+     "tokens_per_second": 792, "memory_gb": 0.428, "seconds": {"push": 0.0, "sampling": 1.156, …}}
 """
 
 import importlib.util
