@@ -569,6 +569,20 @@ def test_what_a_block_keeps_is_measured():
 # LoRA
 
 
+def test_additions_are_cast_once_for_a_rollout():
+    """The same logits; and after it A and B are those that learn."""
+    policy, inputs = adapted(small_model(), dtype=torch.bfloat16), dict(input_ids=torch.arange(1, 9)[None])
+    with torch.no_grad():
+        before = policy(**inputs).logits
+        policy.gather()
+        cast = policy.layers[0].lora_A.to(torch.bfloat16)
+        assert torch.equal(policy.cast[policy.layers[0]][0], cast) and len(policy.cast) == 14
+        assert torch.equal(policy(**inputs).logits, before)
+        policy.scatter()
+        policy.layers[0].lora_B.data += 1
+        assert not policy.cast and not torch.equal(policy(**inputs).logits, before)
+
+
 @pytest.mark.parametrize("kind,recompute", [("Qwen2", True), ("Llama", False)])
 def test_gradient_of_the_additions_is_autograd_on_merged_weights(kind, recompute):
     """Qwen2's linear layers have biases, Llama's have none."""

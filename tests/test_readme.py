@@ -14,8 +14,9 @@ from tests.helpers import HERE, inside, long, metrics, read_jsonl
 
 FILES = [HERE / name for name in ("README.md", "AGENTS.md", "experiments/README.md",
                                   "experiments/recipes/README.md")]
-PARSERS = {"vstar.py": vstar.make_parser, "evaluate.py": evaluate.make_parser,
-           "train.py": lambda: train.make_parser(train.APO), "reinforce.py": lambda: train.make_parser(train.APO)}
+of_train = lambda: train.make_parser(train.APO)
+PARSERS = {"vstar.py": vstar.make_parser, "evaluate.py": evaluate.make_parser, "train.py": of_train,
+           "reinforce.py": of_train}
 
 
 def text_of(path):
@@ -82,7 +83,7 @@ def test_every_flag_of_a_command_exists(path):
             if name.startswith("--"):
                 assert name in known, (script, flag)
                 count += 1
-            elif flag.startswith("@tiny") or flag.startswith("@experiments"):
+            elif flag.startswith(("@tiny", "@experiments")):
                 assert (HERE / flag[1:]).exists(), flag
     assert count > 10 or path.name != "README.md" or path.parent != HERE
 
@@ -105,8 +106,8 @@ def test_the_exercises_name_tests():
 def test_the_reference_run_is_what_the_code_writes(tmp_path):
     """Its first rows; on another processor a completion or two may differ."""
     inside("vstar.py", "@tiny/vstar.args", f"--out={tmp_path}/vstar.jsonl")
-    inside("train.py", "@tiny/train.args", f"--vstar={tmp_path}/vstar.jsonl", f"--out={tmp_path}/run", "--steps=2",
-           "--show_every=0")
+    inside("train.py", "@tiny/train.args", f"--vstar={tmp_path}/vstar.jsonl", f"--out={tmp_path}/run",
+           "--steps=2", "--show_every=0")
     reference = read_jsonl(HERE / "experiments/results/metrics.jsonl")
     assert len(reference) == 121 and json.dumps(reference[-1])
     for ours, row in zip(metrics(tmp_path / "run"), reference[:2]):
