@@ -734,9 +734,11 @@ class Flags(argparse.ArgumentParser):
 
 def read_flags(parser, recipe):
     """Without flags, or with --overwrite alone, a script reads its recipe in tiny/: the embedded world."""
-    flags = sys.argv[1:]
+    flags, world = sys.argv[1:], Path(__file__).parent / f"tiny/{recipe}.args"
+    if world.exists():
+        parser.epilog = f"The embedded world's: {' '.join(world.read_text().split())} (@tiny/{world.name})"
     if not {*flags} - {"--overwrite"}:
-        flags.append(f"@{Path(__file__).parent / 'tiny' / recipe}.args")
+        flags.append(f"@{world}")
     args = parser.parse_args(flags)
     if getattr(args, "temperature", 1) == 0 and getattr(args, "samples", 1) > 1:
         fail("--temperature 0 gives one greedy completion: it goes with --samples 1")
