@@ -20,7 +20,8 @@ data: no gradient flows through its sampling. Constant are π_ref(y|x), r and V�
 of completions, no clipping of ratios, no importance weight and no entropy bonus.
 
 A number: where 3 of 8 completions were right, V̂* is 0.61 at β1 = 0.5 (the mean reward is 0.375, the best 1).
-A right completion has the advantage 1 − 0.61 = 0.39, so its ln π shall rise; a wrong one has −0.61.
+A right completion is 1 − 0.61 = 0.39 better than that (r − V̂* is its advantage), so its ln π should rise; a
+wrong one has −0.61.
 
 The equation holds exactly only if V̂* is the V* of β2. It need not be: β1, of V̂*, need not be β2, of the
 loss. For y ~ π the mean of ∇ ln π(y|x) is 0, so a number that depends on x alone changes the gradient's
@@ -305,33 +306,6 @@ class Policy(torch.nn.Module):
         empty = torch.zeros(mask.shape, device=ids.device)
         return empty.masked_scatter(mask, torch.cat(logps))
 
-    def run_block(self, index, block, forward, *inputs, **options):
-        """The first `kept` blocks keep their activations; the others compute them again."""
-        if torch.is_grad_enabled() and not self.block_bytes:
-            return self.measure(block, partial(forward, *inputs, **options), inputs[0])
-        if index < self.kept:
-            return forward(*inputs, **options)
-        return checkpoint(forward, *inputs, **options, use_reentrant=False, preserve_rng_state=False)
-
-    def keep(self, free, tokens):
-        """So many blocks keep their activations as fit into `free` bytes, for micro-batches of `tokens`."""
-        size = self.block_bytes * tokens
-        self.kept = min(len(self.blocks), int(max(0, free) // size)) if size else self.kept
-
-    def measure(self, block, forward, states):
-        """forward(), and how much memory it keeps for the backward pass, without the weights"""
-        saved, pointer = {}, lambda tensor: tensor.untyped_storage().data_ptr()
-
-        def note(tensor):
-            saved[pointer(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = forward()
-        weights = {pointer(parameter) for parameter in block.parameters()}
-        self.block_bytes = sum(saved[at] for at in saved.keys() - weights) / states.shape[:2].numel()
-        return output
-
     def head(self, states, targets, temperature):
         """ln π(target | state) of a chunk of tokens, fp32. The backward pass computes the logits again."""
         logits = self.model.get_output_embeddings()(states).float()
@@ -373,6 +347,35 @@ class Policy(torch.nn.Module):
         """full_weights with the names of the model's files, which vLLM knows; transformers has its own."""
         for name, tensor in self.full_weights(dtype):
             yield from revert_weight_conversion(self.model, {name: tensor}).items()
+
+    # what is kept for the backward pass, and what is computed again
+
+    def run_block(self, index, block, forward, *inputs, **options):
+        """The first `kept` blocks keep their activations; the others compute them again."""
+        if torch.is_grad_enabled() and not self.block_bytes:
+            return self.measure(block, partial(forward, *inputs, **options), inputs[0])
+        if index < self.kept:
+            return forward(*inputs, **options)
+        return checkpoint(forward, *inputs, **options, use_reentrant=False, preserve_rng_state=False)
+
+    def keep(self, free, tokens):
+        """So many blocks keep their activations as fit into `free` bytes, for micro-batches of `tokens`."""
+        size = self.block_bytes * tokens
+        self.kept = min(len(self.blocks), int(max(0, free) // size)) if size else self.kept
+
+    def measure(self, block, forward, states):
+        """forward(), and how much memory it keeps for the backward pass, without the weights"""
+        saved, pointer = {}, lambda tensor: tensor.untyped_storage().data_ptr()
+
+        def note(tensor):
+            saved[pointer(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = forward()
+        weights = {pointer(parameter) for parameter in block.parameters()}
+        self.block_bytes = sum(saved[at] for at in saved.keys() - weights) / states.shape[:2].numel()
+        return output
 
 
 class LoraPolicy(Policy):
