@@ -240,13 +240,14 @@ def divergence(args, problems, device):
         logps = token_logps(policy, samples, args, device)
         return logps.sum(-1).double().cpu().numpy()
 
-    ratios = (logp(args.model) - logp(args.reference)).reshape(-1, args.samples)
-    tokens = [len(sample.completion.tokens) for sample in samples]
+    ratios = (logp(args.model) - logp(args.reference)).reshape(-1, args.samples).mean(1)  # (problems,)
     ratios = np.array(collect(f"ratios {args.out}", ratios.tolist()))
-    tokens = sum(collect(f"tokens {args.out}", tokens))
+    tokens = [len(sample.completion.tokens) for sample in samples]
+    tokens = sum(collect(f"tokens {args.out}", [sum(tokens)]))
     if RANK == 0:
-        low, high = bootstrap(ratios.mean(1))
-        return dict(kl=ratios.mean(), kl_low=low, kl_high=high, kl_per_token=ratios.sum() / tokens)
+        low, high = bootstrap(ratios)
+        per_token = ratios.sum() * args.samples / tokens
+        return dict(kl=ratios.mean(), kl_low=low, kl_high=high, kl_per_token=per_token)
 
 
 if __name__ == "__main__":

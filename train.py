@@ -55,7 +55,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -210,7 +210,7 @@ def train(run, problems, held_out, start):
             updates = [update(run, *part) for part in parts]
             check_numbers(updates[0], step, args, run.policy.mixture)
         if step == start + 1:  # a step has had all that it needs
-            use_free_memory(run)
+            use_free_memory(run, samples)
 
         # 4. measure, log, save
         done, last = step + 1, step + 1 == args.steps
@@ -281,8 +281,9 @@ class Policy(torch.nn.Module):
         text, names = model.get_decoder(), set(model._no_split_modules or [])
         self.blocks = [module for module in text.modules() if type(module).__name__ in names]
         reached = {*text.parameters(), *model.get_output_embeddings().parameters()}
-        for parameter in model.parameters():  # what sees images is not trained
-            parameter.requires_grad_(parameter in reached)
+        for parameter in model.parameters():
+            if parameter not in reached:  # what sees images is not trained
+                parameter.requires_grad_(False)
         self.kept = 0 if recompute else len(self.blocks)  # whose activations wait for the backward pass
         self.block_bytes = 0  # of activations for a token, once it is measured
         for index, block in enumerate(self.blocks):
@@ -734,7 +735,7 @@ def shard(policy, device, dtype, master=False):
     return policy
 
 
-def use_free_memory(run):
+def use_free_memory(run, samples):
     """What a GPU has had to spare so far lets vLLM stay awake, and blocks keep their activations."""
     if run.device.type != "cuda" or run.args.recompute != "auto":
         return
@@ -742,7 +743,10 @@ def use_free_memory(run):
     free = -max_over_ranks(-(free - 0.1 * total))
     if getattr(run.sampler, "sleeps", False) and free > run.sampler.size:
         run.sampler.sleeps, free = False, free - run.sampler.size
-    run.policy.keep(free, run.args.tokens_per_microbatch)
+    # a micro-batch may be one pair of the longest samples
+    longest = max([len(sample.problem["tokens"]) for sample in samples] or [0]) + run.args.max_new_tokens
+    longest = max_over_ranks(longest * run.objective.per_loss)
+    run.policy.keep(free, max(longest, run.args.tokens_per_microbatch))
 
 
 def max_over_ranks(value):
@@ -1029,8 +1033,10 @@ def save_model(run):
             policy.config.save_pretrained(aside)
             run.tokenizer.save_pretrained(aside)
             for name in FOR_IMAGES:  # without them vLLM does not load a model that could see
-                source = cached_file(args.model, name, revision=args.revision,
-                                     _raise_exceptions_for_missing_entries=False)
+                source = None
+                with suppress(OSError):
+                    source = cached_file(args.model, name, revision=args.revision,
+                                         _raise_exceptions_for_missing_entries=False)
                 if source:
                     shutil.copyfile(source, aside / name)
     barrier("model saved")

@@ -414,7 +414,10 @@ def rewards_of(args, answers, source=""):
 
     def reward_of(answer):
         problem, response, finished = answer
-        value = judge(response, problem, finished)
+        try:
+            value = judge(response, problem, finished)
+        except SystemExit as end:  # of the user's code, not of a signal
+            raise RuntimeError(f"SystemExit({end.code})").with_traceback(end.__traceback__) from None
         if not math.isfinite(value):  # what is no number raises a TypeError
             raise ValueError(f"a reward of {value}")
         return float(value)
@@ -426,7 +429,7 @@ def rewards_of(args, answers, source=""):
         for problem, response, _ in answers:
             try:
                 rewards.append(next(waiting))
-            except (Exception, SystemExit) as error:  # of the user's code; a 0 instead would be trained on
+            except Exception as error:  # of the user's code; a 0 instead would be trained on
                 path = str(args.reward).rpartition(":")[0]
                 trace = traceback.extract_tb(error.__traceback__)
                 lines = [f", line {frame.lineno}" for frame in trace if frame.filename == path]
@@ -587,6 +590,7 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",  # after the temperature, as in the loss
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            language_model_only=True,  # no part that sees, of which Stage 2 may have no weights to push
         )
         torch.set_num_threads(threads)  # vLLM leaves one, too few for the update on a CPU
         self.sampling = dict(
@@ -810,9 +814,9 @@ def add_problem_flags(parser, split, files=None):
 def run_script(main):
     """main(), with what a user can mend said in one line. Where one of several processes fails, all end."""
     if WORLD > 1:
-        if "LOCAL_WORLD_SIZE" not in os.environ:  # all processes of a node would take its first GPU
-            fail("RANK and WORLD_SIZE are set, but not LOCAL_WORLD_SIZE: start it by torchrun, also under "
-                 "srun and mpirun")
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":  # a restart would find the old store
+            fail("several processes are started by torchrun, under srun and mpirun too, and without "
+                 "--max_restarts: the same command resumes")
         torchrun_store().add(f"count {RANK}", 1)
         over = Event()
         watch = Thread(target=watch_the_others, args=[over], daemon=True)
@@ -831,7 +835,10 @@ def run_script(main):
     if WORLD > 1:
         over.set()
         watch.join()  # a thread that is within the store when Python ends aborts the process
-        torchrun_store().set("failed" if code else f"ended {RANK}", "yes")
+        with suppress(RuntimeError):  # the store is gone, with its machine
+            torchrun_store().set("failed" if code else f"ended {RANK}", "yes")
+        if code:  # that the others see it before torchrun takes the store away
+            time.sleep(2 * BEAT)
     if code and "vllm" in sys.modules:  # an engine that is torn down would print errors behind ours
         end_now(code)
     if code:
@@ -846,18 +853,23 @@ def watch_the_others(over):
     or when a neighbour's count has stood still for long, as its machine is gone."""
     store = next(dist.rendezvous("env://"))[0]  # a connection of its own, as a wait blocks the other one
     neighbour, last, since = (RANK + 1) % WORLD, 0, time.monotonic()
-    while not over.wait(BEAT):
-        store.add(f"count {RANK}", 1)
-        count = store.add(f"count {neighbour}", 0)
-        if count > last or store.check([f"ended {neighbour}"]):
-            last, since = count, time.monotonic()
-        if store.check(["failed"]):
-            end_now(2)
-        if last > 0 and time.monotonic() - since > SILENCE:
-            store.set("failed", "yes")
-            print(f"error: process {neighbour} of {WORLD} has been silent for {SILENCE} seconds; the same "
-                  "command resumes", file=sys.stderr)
-            end_now(2)
+    trouble = None
+    while not trouble and not over.wait(BEAT):
+        try:
+            store.add(f"count {RANK}", 1)
+            count = store.add(f"count {neighbour}", 0)
+            if count > last or store.check([f"ended {neighbour}"]):
+                last, since = count, time.monotonic()
+            if store.check(["failed"]):
+                end_now(2)
+            if last > 0 and time.monotonic() - since > SILENCE:
+                trouble = f"process {neighbour} of {WORLD} has been silent for {SILENCE} seconds"
+                store.set("failed", "yes")
+        except RuntimeError as error:
+            trouble = f"torchrun's store is gone, and perhaps its machine ({error})"
+    if trouble:
+        print(f"error: {trouble}; the same command resumes", file=sys.stderr)
+        end_now(2)
 
 
 def end_now(code):
@@ -873,14 +885,14 @@ def with_short_errors(main):
     except OSError as error:
         fail(f"{error.filename or 'writing'}: {error.strerror or error}")
     except (RuntimeError, ValueError) as error:
-        if "by peer" in str(error) or isinstance(error, dist.DistError):  # gloo's words, and NCCL's error
-            time.sleep(2 * BEAT)  # if it knew why, it has said so, and watch_the_others ends this one now
-            fail("another process is gone, without a word; the same command resumes")
         signs = "out of memory", "Free memory on device"  # torch's, and vLLM's
-        if not any(sign in str(error) for sign in signs):
+        if any(sign in str(error) for sign in signs):
+            fail("out of GPU memory: lower --decode_rows (transformers), --gpu_memory (vLLM) or, in "
+                 "training, --tokens_per_microbatch")
+        if WORLD == 1 or not ("by peer" in str(error) or isinstance(error, dist.DistError)):
             raise
-        fail("out of GPU memory: lower --decode_rows (transformers), --gpu_memory (vLLM) or, in training, "
-             "--tokens_per_microbatch")
+        time.sleep(2 * BEAT)  # if another process knows why, it has said so, and this one ends here
+        fail(f"another process is gone, or cannot be reached ({error}); the same command resumes")
     except KeyboardInterrupt:
         tqdm.write("stopped; the same command resumes from here", file=sys.stderr)
         raise SystemExit(130) from None
@@ -944,7 +956,8 @@ def barrier(label):
     if WORLD > 1:
         if torchrun_store().add(label, 1) == WORLD:
             torchrun_store().set(f"{label}: all here", "yes")
-        torchrun_store().wait([f"{label}: all here"], timedelta(days=30))
+        while not torchrun_store().check([f"{label}: all here"]):
+            time.sleep(0.1)  # a wait inside the store would hear no signal
 
 
 def collect(label, values):
@@ -967,7 +980,12 @@ def first_process_first(label):
     """The first process reports what is wrong, downloads and prepares. The others do the same after it."""
     if RANK > 0:
         barrier(label)
-    yield
+    try:
+        yield
+    except SystemExit as end:
+        if RANK == 0 and not end.code:  # --help, which the others print, too
+            barrier(label)
+        raise
     if RANK == 0:
         barrier(label)
 

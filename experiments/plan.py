@@ -130,7 +130,7 @@ def show(args, objective, prompt, completion):
     if args.gpu not in GPUS:
         return
     print(verdict(shape, args, objective))
-    if args.recompute == "auto":
+    if args.recompute == "auto" and shape.blocks:
         kept, awake = kept_blocks(shape, args, objective)
         print(f"of {shape.blocks} blocks {kept} keep their activations"
               + ", and vLLM stays awake" * awake + ": as far as nine tenths of the memory go")
@@ -239,7 +239,9 @@ def step_floor(shape, args, objective, prompt, completion):
     # weights that are not frozen
     frozen = bool(args.lora)
     again = dict(no=0, yes=1).get(args.recompute)
-    if again is None:
+    if again is None and not shape.blocks:
+        again = 1
+    elif again is None:
         again = 1 - kept_blocks(shape, args, objective)[0] / shape.blocks
     update = trained * (3 + again) - frozen
     # FSDP gathers weights for the forward and the backward pass, π_ref's for its own, and sums fp32 gradients
