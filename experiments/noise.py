@@ -38,7 +38,7 @@ from vstar import (
 def main():
     parser = lab.make_parser(__doc__)
     add = parser.add_argument
-    add("--vstar", type=Path, required=True, help="what vstar.py wrote, with N = 8 or more")
+    add("--vstar", type=Path, required=True, help="what vstar.py wrote; of N its first 8 completions at the most")
     add("--model", help="a policy; default: π_ref")
     add("--prompts", type=int, default=512, help="one completion of each")
     add("--name", default="noise", help="of the results")
@@ -50,9 +50,13 @@ def main():
     first = np.array([row["rewards"][:8] for row in rows])
     solved, right = first.max(1) >= 1, rewards >= 1
     choices = baselines_of(first, rewards, solved, stage1["beta1"])
-    noise = {name: noise_of(rewards - b, gradients) for name, b in choices.items()}
+    squares, totals = np.zeros(len(rows)), dict.fromkeys(choices, 0.0)
+    for i, gradient in enumerate(gradients):  # one at a time: of a real model each is half a gigabyte
+        squares[i] = gradient.square().sum()
+        for name, b in choices.items():
+            totals[name] += (rewards[i] - b[i]) * gradient
+    noise = {name: noise_of(rewards - b, squares, totals[name]) for name, b in choices.items()}
 
-    squares = (gradients**2).sum(1)
     parts = {"right, solved prompts": right & solved, "right, unsolved prompts": right & ~solved,
              "wrong, solved prompts": ~right & solved, "wrong, unsolved prompts": ~right & ~solved}
     shares = {}
@@ -74,45 +78,51 @@ def main():
 
 
 def gradients_of(model, rows, args):
-    """One completion of each prompt by this policy → its reward, its length, its ∇ ln π (prompts, weights)"""
+    """One completion of each prompt by this policy → rewards, lengths, an iterator over ∇ ln π (weights,)"""
     tokenizer, eos = add_prompts(rows, args)
     policy = Policy(load_model(model, None, torch.float32, "cpu"))
     sampler = TransformersSampler(policy, eos, args.max_new_tokens, args.temperature, 256)
     seeds = [prompt_seed("noise", row["id"]) for row in rows]
     completions = [one for (one,) in sampler.generate([row["tokens"] for row in rows], 1, seeds)]
     graded = grade(args, tokenizer, [*zip(rows, completions)])
-    gradients = []
-    for row, completion in zip(rows, completions):
+
+    def gradient_of(row, completion):
         ids = torch.tensor([row["tokens"] + completion.tokens])
         mask = torch.arange(ids.shape[1])[None] >= len(row["tokens"])
         logp = policy(input_ids=ids, completion_mask=mask, temperature=args.temperature).sum()
         each = torch.autograd.grad(logp, list(policy.parameters()))
-        gradients.append(torch.cat([gradient.flatten() for gradient in each]).numpy())
+        return torch.cat([gradient.flatten() for gradient in each])
+
     lengths = np.array([len(completion.tokens) for completion in completions])
-    return np.array([reward for _, reward in graded]), lengths, np.array(gradients)
+    rewards = np.array([reward for _, reward in graded])
+    return rewards, lengths, map(gradient_of, rows, completions)
 
 
 def baselines_of(first, rewards, solved, beta1):
     """{name: b for each prompt}; first: (prompts, 8) of Stage 1's rewards"""
     mean = np.full(len(rewards), rewards.mean())
     pooled = np.full((len(first), 2), estimate_vstar(first.ravel(), beta1))
-    vstar = {n: estimate_vstar(first[:, :n], beta1) for n in (1, 2, 4, 8)}
+    vstar = {n: estimate_vstar(first[:, :n], beta1) for n in (1, 2, 4, 8) if n <= first.shape[1]}
     choices = {f"N = {n}": values for n, values in vstar.items()}
     choices["N = 1, two of the average prompt"] = estimate_vstar(np.hstack([first[:, :1], pooled]), beta1)
-    choices["N = 8, two of the average prompt"] = estimate_vstar(np.hstack([first, pooled]), beta1)
+    every = max(vstar)
+    choices[f"N = {every}, two of the average prompt"] = estimate_vstar(np.hstack([first, pooled]), beta1)
     choices["a constant"] = mean
     choices["a constant where solved"] = np.where(solved, mean, 0.0)
-    choices["a constant where unsolved"] = np.where(solved, vstar[8], mean)
+    choices["a constant where unsolved"] = np.where(solved, vstar[every], mean)
     choices["0"] = 0 * mean
     return choices
 
 
-def noise_of(advantage, gradients):
-    """→ E[(r − b)²], E[(r − b)² |∇ ln π|²], and the noise, tr(covariance) / |mean|²; all without bias"""
+def noise_of(advantage, squares, total):
+    """→ E[(r − b)²], E[(r − b)² |∇ ln π|²], and the noise, tr(covariance) / |mean|²; all without bias
+
+    squares: |∇ ln π|² of each completion; total: the sum of (r − b) ∇ ln π
+    """
     n = len(advantage)
-    total = advantage @ gradients
-    squares = (advantage**2 * (gradients**2).sum(1)).sum()
-    mean_square = (total @ total - squares) / (n * (n - 1))  # |g|²: pairs of different completions
+    squares = (advantage**2 * squares).sum()
+    # |g|²: pairs of different completions
+    mean_square = (float(total.square().sum()) - squares) / (n * (n - 1))
     covariance = squares / n - mean_square
     return dict(moment=float((advantage**2).mean()), square=float(squares / n),
                 noise=float(covariance / mean_square))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from experiments import lab, noise
 from tests.helpers import inside, whole
@@ -11,7 +12,7 @@ from tests.helpers import inside, whole
 
 def test_noise_by_hand():
     # gradients 3 and 1 along one axis: E = (9 + 1)/2 = 5; |g|² = 3 · 1 from the one pair; (5 − 3) / 3
-    found = noise.noise_of(np.array([1.0, 1.0]), np.array([[3.0, 0.0], [1.0, 0.0]]))
+    found = noise.noise_of(np.array([1.0, 1.0]), np.array([9.0, 1.0]), torch.tensor([4.0, 0.0]))
     assert found == pytest.approx(dict(moment=1, square=5, noise=2 / 3))
 
 
@@ -19,7 +20,9 @@ def test_noise_is_the_covariance_over_the_mean():
     """Of normal gradients with mean (2, 0) and deviation 1 in both: tr Σ / |g|² = 2/4."""
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(100_000, 2)) + [2, 0]
-    assert noise.noise_of(np.ones(100_000), gradients)["noise"] == pytest.approx(0.5, rel=0.02)
+    total = torch.tensor(gradients.sum(0))
+    found = noise.noise_of(np.ones(100_000), (gradients**2).sum(1), total)
+    assert found["noise"] == pytest.approx(0.5, rel=0.02)
 
 
 def test_what_stands_for_vstar():
@@ -38,6 +41,6 @@ def test_at_toy_size(all_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "machine", dict)
     inside("-m", "experiments.noise", f"--vstar={all_rows}", "--prompts=48", "--name=toy")
     found = json.loads((tmp_path / "toy.json").read_text())
-    assert 0 < found["accuracy"] < 1 and found["noise"]["N = 8"]["moment"] < found["noise"]["N = 1"]["moment"]
+    assert 0 < found["accuracy"] < 1 and found["noise"]["N = 2"]["moment"] < found["noise"]["N = 1"]["moment"]
     for choice in found["noise"]:
         assert sum(part[choice] for part in found["shares"].values()) == pytest.approx(1)
