@@ -38,7 +38,7 @@ from vstar import (
 def main():
     parser = lab.make_parser(__doc__)
     add = parser.add_argument
-    add("--vstar", type=Path, required=True, help="what vstar.py wrote; of N its first 8 completions at the most")
+    add("--vstar", type=Path, required=True, help="what vstar.py wrote; of N 8 at the most")
     add("--model", help="a policy; default: π_ref")
     add("--prompts", type=int, default=512, help="one completion of each")
     add("--name", default="noise", help="of the results")
