@@ -851,9 +851,8 @@ BEAT, SILENCE = 1, 300  # seconds
 def watch_the_others(over):
     """A thread that ends this process, wherever it waits: when another one has failed, which says why itself,
     or when a neighbour's count has stood still for long, as its machine is gone."""
-    store = next(dist.rendezvous("env://"))[0]  # a connection of its own, as a wait blocks the other one
+    store, trouble = torchrun_store(), None
     neighbour, last, since = (RANK + 1) % WORLD, 0, time.monotonic()
-    trouble = None
     while not trouble and not over.wait(BEAT):
         try:
             store.add(f"count {RANK}", 1)
