@@ -73,9 +73,10 @@ def main():
     for task, problems, tokenizer, eos in tasks:
         sample_all(task, problems, tokenizer, eos, device, keep_tokens=keep_tokens)
         gc.collect()  # this sampler's memory goes before the next one's comes
-        kl = divergence(task, problems, device) if args.reference else {}
+        rows = read_rows(task.out, args.samples) if RANK == 0 or args.reference else []
+        kl = divergence(rows, problems, task, device) if args.reference else {}
         if RANK == 0:
-            rows = completions[task.model, task.data] = read_rows(task.out, args.samples)
+            completions[task.model, task.data] = rows
             result = measure(rows, args.reward) | kl
             results.setdefault(task.model, {})[task.data] = result
     if RANK == 0:
@@ -226,11 +227,11 @@ def majority(responses, finished, rewards):
     return max(groups, key=lambda group: group[0])[2] if groups else 0.0
 
 
-def divergence(args, problems, device):
+def divergence(rows, problems, args, device):
     """KL(model ‖ reference): the mean of ln π/π_ref over completions that π sampled, in nats per completion
     and per token. Each process takes its share of the problems."""
     problem_of, samples = {problem["id"]: problem for problem in problems}, []
-    for row in read_rows(args.out, args.samples)[RANK::WORLD]:
+    for row in rows[RANK::WORLD]:
         samples += [Sample(problem_of[row["id"]], Completion(tokens, True, []), "", 0.0, 0)
                     for tokens in row["tokens"]]
 

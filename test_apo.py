@@ -1262,11 +1262,10 @@ def test_kl_is_the_mean_log_ratio_of_what_the_model_wrote(monkeypatch):
     rows = [dict(id=key, tokens=[copy.tokens for copy in copies])
             for key, copies in zip(prompts, texts)]
     monkeypatch.setattr(evaluate, "load_model", lambda seed, *_: small_model(seed=seed))
-    monkeypatch.setattr(evaluate, "read_rows", lambda *_: rows)
     args = some_args(model=0, reference=1, revision=None, dtype="float32", temperature=0.8, samples=3,
                      out=None)
     problems = [dict(id=key, tokens=prompt) for key, prompt in prompts.items()]
-    found = evaluate.divergence(args, problems, "cpu")
+    found = evaluate.divergence(rows, problems, args, "cpu")
     pairs = [(prompts[row["id"]], tokens) for row in rows for tokens in row["tokens"]]
     log_ratio = 0.0
     for pair in pairs:
@@ -1277,7 +1276,7 @@ def test_kl_is_the_mean_log_ratio_of_what_the_model_wrote(monkeypatch):
     assert found["kl_per_token"] == pytest.approx(log_ratio / count, rel=1e-4)
     assert found["kl_low"] < found["kl"] < found["kl_high"]
     args.reference = 0
-    assert evaluate.divergence(args, problems, "cpu")["kl"] == 0
+    assert evaluate.divergence(rows, problems, args, "cpu")["kl"] == 0
 
 
 @whole

@@ -340,9 +340,7 @@ class Policy(torch.nn.Module):
     def full_weights(self, dtype):
         """(name, tensor), of floating-point numbers in `dtype`. Of tied weights there are both names."""
         for name, tensor in self.state_dict().items():
-            if tensor.is_floating_point():
-                tensor = tensor.to(dtype)  # before it is gathered
-            yield name.removeprefix("model."), full_tensor(tensor)
+            yield name.removeprefix("model."), full_tensor(cast(tensor, dtype))  # half as much to gather
 
     def checkpoint_weights(self, dtype):
         """full_weights with the names of the model's files, which vLLM knows; transformers has its own."""
@@ -436,9 +434,7 @@ class LoraPolicy(Policy):
             if kind == "weight" and f"{layer}.lora_A" in state:
                 a, b = full_tensor(state[f"{layer}.lora_A"]), full_tensor(state[f"{layer}.lora_B"])
                 tensor = tensor + self.scale * b @ a
-            if tensor.is_floating_point():
-                tensor = tensor.to(dtype)
-            yield name.removeprefix("model."), tensor
+            yield name.removeprefix("model."), cast(tensor, dtype)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -740,7 +736,7 @@ def use_free_memory(run, samples):
     if run.device.type != "cuda" or run.args.recompute != "auto":
         return
     free, total = torch.cuda.mem_get_info()  # vLLM sleeps now, and torch gives nothing back that it needed
-    free = -max_over_ranks(-(free - 0.1 * total))
+    free = -max_over_ranks(-(free - 0.1 * total))  # the least of all processes
     if getattr(run.sampler, "sleeps", False) and free > run.sampler.size:
         run.sampler.sleeps, free = False, free - run.sampler.size
     # a micro-batch may be one pair of the longest samples
@@ -754,6 +750,10 @@ def max_over_ranks(value):
     if dist.is_initialized():
         dist.all_reduce(most, dist.ReduceOp.MAX)
     return most.item()
+
+
+def cast(tensor, dtype):
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def full_tensor(tensor):

@@ -813,39 +813,46 @@ def add_problem_flags(parser, split, files=None):
 
 def run_script(main):
     """main(), with what a user can mend said in one line. Where one of several processes fails, all end."""
-    if WORLD > 1:
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":  # a restart would find the old store
-            fail("several processes are started by torchrun, under srun and mpirun too, and without "
-                 "--max_restarts: the same command resumes")
-        torchrun_store().add(f"count {RANK}", 1)
-        over = Event()
-        watch = Thread(target=watch_the_others, args=[over], daemon=True)
-        watch.start()
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    code = 0
-    try:
-        with_short_errors(main)
-    except SystemExit as end:
-        code = end.code
-    except Exception:
-        code = 1
-        if WORLD > 1:  # perhaps because of another process, which then ends this one without a word
-            time.sleep(2 * BEAT)
-        traceback.print_exc()
-    if WORLD > 1:
-        over.set()
-        watch.join()  # a thread that is within the store when Python ends aborts the process
-        with suppress(RuntimeError):  # the store is gone, with its machine
-            torchrun_store().set("failed" if code else f"ended {RANK}", "yes")
-        if code:  # that the others see it before torchrun takes the store away
-            time.sleep(2 * BEAT)
+    code = exit_code(main) if WORLD == 1 else exit_code_among_others(main)
     if code and "vllm" in sys.modules:  # an engine that is torn down would print errors behind ours
         end_now(code)
     if code:
         raise SystemExit(code)
 
 
-BEAT, SILENCE = 1, 300  # seconds
+def exit_code(main):
+    try:
+        with_short_errors(main)
+    except SystemExit as end:
+        return end.code
+    except Exception:
+        if WORLD > 1:  # perhaps because of another process, which then ends this one without a word
+            time.sleep(2 * BEAT)
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def exit_code_among_others(main):
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":  # a restart would find the old store
+        fail("several processes are started by torchrun, under srun and mpirun too, and without "
+             "--max_restarts: the same command resumes")
+    torchrun_store().add(f"count {RANK}", 1)
+    over = Event()
+    watch = Thread(target=watch_the_others, args=[over], daemon=True)
+    watch.start()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    code = exit_code(main)
+    over.set()
+    watch.join()  # a thread that is within the store when Python ends aborts the process
+    with suppress(RuntimeError):  # the store is gone, with its machine
+        torchrun_store().set("failed" if code else f"ended {RANK}", "yes")
+    if code:  # that the others see it before torchrun takes the store away
+        time.sleep(2 * BEAT)
+    return code
+
+
+BEAT, SILENCE = 1, 300  # seconds from one count to the next, and until a process that stands still is gone
 
 
 def watch_the_others(over):
@@ -922,7 +929,8 @@ def start_process(args, group=False):
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.init()  # or a device mesh picks GPU number LOCAL_RANK, though this process sees only one
-        # as vLLM does: it is wrong on B200 (pytorch#193893), and makes a plan for each new shape
+        # cuDNN's attention is wrong on B200 (pytorch#193893), and makes a plan for each new shape. vLLM, too,
+        # switches it off
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif platform.libc_ver()[0] == "glibc":  # keep freed memory: asking for it anew is a tenth of an update
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD

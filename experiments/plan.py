@@ -212,6 +212,8 @@ def kept_blocks(shape, args, objective):
     awake = args.engine == "vllm" and free > parts["sampling"]
     if awake:
         free -= parts["sampling"]
+    if not shape.blocks:  # transformers does not say what they are
+        return 0, awake
     rows = max(1, args.tokens_per_microbatch // args.width)
     sizes = [activations(shape, getattr(torch, args.dtype), rows, args.width, recompute, True, args.lora)[0]
              for recompute in (False, True)]
@@ -239,10 +241,8 @@ def step_floor(shape, args, objective, prompt, completion):
     # weights that are not frozen
     frozen = bool(args.lora)
     again = dict(no=0, yes=1).get(args.recompute)
-    if again is None and not shape.blocks:
-        again = 1
-    elif again is None:
-        again = 1 - kept_blocks(shape, args, objective)[0] / shape.blocks
+    if again is None:
+        again = 1 - kept_blocks(shape, args, objective)[0] / max(1, shape.blocks)
     update = trained * (3 + again) - frozen
     # FSDP gathers weights for the forward and the backward pass, π_ref's for its own, and sums fp32 gradients
     micro = math.ceil(max(1.0, rows * (prompt + completion) / args.tokens_per_microbatch))

@@ -161,7 +161,7 @@ def test_nodes_that_do_not_share_the_folder_are_told_at_the_start(all_rows, tmp_
     assert not (tmp_path / "0/metrics.jsonl").exists()
 
 
-def test_a_launcher_that_does_not_say_how_many_processes_a_node_has_is_refused():
+def test_another_launcher_than_torchrun_is_refused():
     done = run("vstar.py", "--overwrite", check=False, RANK="0", WORLD_SIZE="2")
     refused(done, "started by torchrun")
 

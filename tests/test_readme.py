@@ -1,6 +1,5 @@
 """The READMEs keep their word: flags exist, links lead somewhere, line numbers point at what they name."""
 
-import json
 import re
 import shlex
 
@@ -109,7 +108,7 @@ def test_the_reference_run_is_what_the_code_writes(tmp_path):
     inside("train.py", "@tiny/train.args", f"--vstar={tmp_path}/vstar.jsonl", f"--out={tmp_path}/run",
            "--steps=2", "--show_every=0")
     reference = read_jsonl(HERE / "experiments/results/metrics.jsonl")
-    assert len(reference) == 121 and json.dumps(reference[-1])
+    assert len(reference) == 121
     for ours, row in zip(metrics(tmp_path / "run"), reference[:2]):
         for key in ("accuracy", "loss", "entropy", "length", "reward", "vstar", "grad_norm"):
             if key in ours:
